@@ -1,0 +1,42 @@
+"""normfree: build, diagnose and train deep networks that need no activation normalisation."""
+
+from ._version import __version__
+from .activation import activation_names
+from .cost import ModelCost, model_cost
+from .gain import gain
+from .layers import (
+    ScaledConv2d,
+    SqueezeExcite,
+    StochasticDepth,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose1d,
+    WSConvTranspose2d,
+    WSConvTranspose3d,
+    WSLinear,
+)
+from .models import batchnorm_twin, create_model, list_models
+from .standardize import standardize_weight
+
+__all__ = [
+    "ModelCost",
+    "ScaledConv2d",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "WSConvTranspose1d",
+    "WSConvTranspose2d",
+    "WSConvTranspose3d",
+    "WSLinear",
+    "__version__",
+    "activation_names",
+    "batchnorm_twin",
+    "create_model",
+    "gain",
+    "list_models",
+    "model_cost",
+    "standardize_weight",
+]

@@ -1,0 +1,479 @@
+"""Layers whose weight carries every scalar: Scaled Weight Standardization in 1-D, 2-D and 3-D, and gating.
+
+All of them are drop-in replacements for their ``torch.nn`` namesakes, of which they are subclasses. Two scalars can
+travel in a weight:
+
+* what stands *in front of* the layer, fixed when it is built: γ of the activation whose output it reads, and
+  ``scale`` (a residual branch's 1/β, say);
+* what stands *behind* it, given when it is called: ``output_scale`` (a residual branch's α and skip gain), a number
+  or a tensor with one element, which multiplies the bias as well.
+
+``layer(x, output_scale=c)`` therefore equals ``c * layer(x)`` without touching an activation map. The keyword is
+also what lets :func:`normfree.spp` report a residual branch before α and the skip gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .activation import Activation
+from .gain import GainSource, gain
+from .padding import as_pad_argument, same_padding
+from .standardize import DEFAULT_EPS, Scale, standardize_transposed_weight, standardize_weight
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+class _ScaledWeight:
+    """A layer that applies ``weight`` times scalars. Mixed into a torch layer, in front of it."""
+
+    weight: Any
+    bias: Any
+    weight_scale: float
+
+    def effective_weight(self, output_scale: Scale | None = None) -> Tensor:
+        """The weight that the layer applies, every scalar included: the shape of ``weight``."""
+        scale = self.weight_scale if output_scale is None else output_scale * self.weight_scale
+        return self._scaled_weight(scale)
+
+    def effective_bias(self, output_scale: Scale | None = None) -> Tensor | None:
+        """The bias that the layer adds: (out,), or None."""
+        if self.bias is None or output_scale is None:
+            return self.bias
+        return self.bias * output_scale
+
+    def _scaled_weight(self, scale: Scale) -> Tensor:
+        return self.weight if isinstance(scale, float) and scale == 1.0 else self.weight * scale
+
+
+class _StandardizedWeight(_ScaledWeight):
+    """A layer that applies its weight standardized, with one learnable gain per output channel."""
+
+    gain: nn.Parameter | None
+    eps: float
+    activation_name: str
+
+    def _init_standardization(
+        self, out: int, activation: Activation, gain_source: GainSource, scale: float, eps: float, learnable_gain: bool
+    ) -> None:
+        self.weight_scale = gain(activation, gain_source) * scale
+        self.activation_name = activation if isinstance(activation, str) else repr(activation)
+        self.eps = eps
+        self.gain = None
+        if learnable_gain:
+            self.gain = nn.Parameter(torch.ones(out, device=self.weight.device, dtype=self.weight.dtype))
+
+    def _scaled_weight(self, scale: Scale) -> Tensor:
+        return standardize_weight(self.weight, self.gain, scale, self.eps)
+
+    def _fan_in(self) -> int:
+        return self.weight[0].numel()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 1 / fan-in), gains 1, bias 0."""
+        nn.init.normal_(self.weight, std=1.0 / math.sqrt(self._fan_in()))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if getattr(self, "gain", None) is not None:  # the torch constructor calls this before there is a gain
+            nn.init.ones_(cast(nn.Parameter, self.gain))
+
+    def extra_repr(self) -> str:
+        learnable = "" if self.gain is not None else ", learnable_gain=False"
+        return f"{super().extra_repr()}, activation={self.activation_name}{learnable}"  # type: ignore[misc]
+
+
+class _Convolution(_ScaledWeight):
+    """Calls a torch convolution with the effective weight, and knows SAME padding at every stride."""
+
+    padding: Any
+    padding_mode: Any
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def _init_convolution(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | str | Sequence[int],
+        *args: Any,
+    ) -> None:
+        # torch refuses padding="same" with a stride; here it then means what it means in TensorFlow
+        init = cast(Callable[..., None], super().__init__)
+        init(in_channels, out_channels, kernel_size, stride, 0 if padding == "same" else padding, *args)
+        if padding == "same":
+            self.padding = "same"
+
+    def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
+        """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
+        return self._conv_forward(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding != "same":
+            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        dims = len(self.kernel_size)
+        pads = same_padding(input.shape[-dims:], self.kernel_size, self.stride, self.dilation)
+        padding: Sequence[int] = (0,) * dims
+        if self.padding_mode == "zeros" and all(before == after for before, after in pads):
+            padding = [before for before, _ in pads]  # the convolution pads faster than a copy does
+        else:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, as_pad_argument(pads), mode=mode)
+        return _CONVOLUTIONS[dims](input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class ScaledConv2d(_Convolution, nn.Conv2d):
+    """A plain 2-D convolution whose weight carries scalars: He initialisation, bias 0, no standardization.
+
+    Args:
+        scale: what stands in front of it.
+        (the others): as ``nn.Conv2d``; ``padding="same"`` also with a stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+    ):
+        self._init_convolution(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.weight_scale = scale
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 2 / fan-in), bias 0."""
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class _WSConv(_StandardizedWeight, _Convolution):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "relu",
+        gain_source: GainSource = "exact",
+        scale: float = 1.0,
+        eps: float = DEFAULT_EPS,
+        learnable_gain: bool = True,
+    ):
+        self._init_convolution(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._init_standardization(out_channels, activation, gain_source, scale, eps, learnable_gain)
+
+
+_WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Brock et al. 2021, section 4.2).
+
+    Takes the arguments of ``nn.Conv{dims}d`` and is one. The fan-in of an output channel is every weight that it has:
+    the channels of its group times the kernel taps. Weights start from N(0, 1 / fan-in), gains at 1, the bias at 0.
+
+    Args:
+        padding: as in torch; ``"same"`` also with a stride, then as TensorFlow pads.
+        activation: the activation whose output this layer reads; the weight carries its γ. None for a layer that
+            reads no activation, such as a stem.
+        gain_source: ``"exact"`` or ``"published"`` γ, see :func:`normfree.gain`.
+        scale: a further scalar in front of the layer.
+        eps: lower bound on fan-in · variance of an output channel's weights.
+        learnable_gain: one learnable factor per output channel; False leaves it out.
+
+    Shape:
+        (N, in_channels, *size) or (in_channels, *size) to (N, out_channels, *size') or (out_channels, *size').
+
+    Raises:
+        ValueError: as the torch layer, and as :func:`normfree.gain` for the activation.
+    """
+
+
+class WSConv1d(_WSConv, nn.Conv1d):
+    __doc__ = _WSCONV_DOC.format(dims=1)
+
+
+class WSConv2d(_WSConv, nn.Conv2d):
+    __doc__ = _WSCONV_DOC.format(dims=2)
+
+
+class WSConv3d(_WSConv, nn.Conv3d):
+    __doc__ = _WSCONV_DOC.format(dims=3)
+
+
+class _WSConvTranspose(_StandardizedWeight):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "relu",
+        gain_source: GainSource = "exact",
+        scale: float = 1.0,
+        eps: float = DEFAULT_EPS,
+        learnable_gain: bool = True,
+    ):
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f"padding: expected numbers or 'same', got {padding!r}")
+        if padding == "same" and output_padding not in (0, (0,) * len(self._tuple(kernel_size))):
+            raise ValueError("output_padding: padding='same' fixes the output size, so it must be 0")
+        init = cast(Callable[..., None], super().__init__)
+        init(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if padding == "same" else padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if padding == "same":
+            self.padding = "same"
+        self._init_standardization(out_channels, activation, gain_source, scale, eps, learnable_gain)
+
+    @staticmethod
+    def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+        return (value,) if isinstance(value, int) else tuple(value)
+
+    def _scaled_weight(self, scale: Scale) -> Tensor:
+        return standardize_transposed_weight(
+            self.weight, self.gain, scale, self.eps, self.groups, self.stride, self.dilation
+        )
+
+    def _fan_in(self) -> int:
+        taps = math.prod(self.kernel_size) / math.prod(self.stride)
+        return max(1, round(self.in_channels // self.groups * taps))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None, output_scale: Scale | None = None) -> Tensor:
+        """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
+        weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        dims = len(self.kernel_size)
+        transposed = _TRANSPOSED[dims]
+        if self.padding != "same":
+            output_padding = self._output_padding(  # type: ignore[attr-defined]
+                input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+            )
+            return transposed(
+                input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            )
+        if output_size is not None:
+            raise ValueError("output_size: padding='same' fixes the output size at input size times stride")
+        # the mirror image of a SAME convolution on the output's size
+        reach = [spread * (taps - 1) + 1 for taps, spread in zip(self.kernel_size, self.dilation, strict=True)]
+        surplus = [extent - step for extent, step in zip(reach, self.stride, strict=True)]
+        before = [max(extra, 0) // 2 for extra in surplus]
+        missing = [max(-extra, 0) for extra in surplus]
+        output = transposed(input, weight, bias, self.stride, before, missing, self.groups, self.dilation)
+        for axis, step in zip(range(-dims, 0), self.stride, strict=True):
+            output = output.narrow(axis, 0, input.shape[axis] * step)
+        return output
+
+
+_WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight Standardization.
+
+    Takes the arguments of ``nn.ConvTranspose{dims}d`` and is one. The fan-in of an output element is the input
+    channels of its group times the kernel taps that reach it, which with a stride are only those of its phase; see
+    :func:`normfree.standardize.standardize_transposed_weight`.
+
+    Args:
+        padding: numbers as in torch, or ``"same"`` for an output of exactly input size times stride.
+        activation, gain_source, scale, eps, learnable_gain: as :class:`WSConv{dims}d`.
+
+    Shape:
+        (N, in_channels, *size) to (N, out_channels, *size').
+
+    Raises:
+        ValueError: as the torch layer, and as :func:`normfree.gain` for the activation.
+    """
+
+
+class WSConvTranspose1d(_WSConvTranspose, nn.ConvTranspose1d):
+    __doc__ = _WSCONV_TRANSPOSE_DOC.format(dims=1)
+
+
+class WSConvTranspose2d(_WSConvTranspose, nn.ConvTranspose2d):
+    __doc__ = _WSCONV_TRANSPOSE_DOC.format(dims=2)
+
+
+class WSConvTranspose3d(_WSConvTranspose, nn.ConvTranspose3d):
+    __doc__ = _WSCONV_TRANSPOSE_DOC.format(dims=3)
+
+
+class WSLinear(_StandardizedWeight, nn.Linear):
+    """A linear layer with Scaled Weight Standardization; the fan-in is ``in_features``.
+
+    Takes the arguments of ``nn.Linear`` and is one.
+
+    Args:
+        activation, gain_source, scale, eps, learnable_gain: as :class:`WSConv2d`.
+
+    Shape:
+        (*, in_features) to (*, out_features).
+
+    Raises:
+        ValueError: as :func:`normfree.gain` for the activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "relu",
+        gain_source: GainSource = "exact",
+        scale: float = 1.0,
+        eps: float = DEFAULT_EPS,
+        learnable_gain: bool = True,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._init_standardization(out_features, activation, gain_source, scale, eps, learnable_gain)
+
+    def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
+        """(*, in_features) to (*, out_features); times ``output_scale`` if one is given."""
+        return F.linear(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation (Hu et al. 2018) whose tiny gate carries every scalar.
+
+    The gate is mean over space, linear, ReLU, linear, sigmoid; in normaliser-free networks it is doubled to undo the
+    sigmoid's halving (Brock et al. 2021, appendix).
+
+    Args:
+        channels: of the input and the output.
+        ratio: hidden width = max(1, int(channels · ratio)).
+        scale: factor on the gate.
+
+    Shape:
+        (N, channels, *size) to the same.
+    """
+
+    def __init__(self, channels: int, ratio: float = 0.25, scale: float = 2.0):
+        super().__init__()
+        if not ratio > 0:
+            raise ValueError(f"ratio: expected a positive number, got {ratio}")
+        hidden = max(1, int(channels * ratio))
+        self.scale = scale
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+        for linear in (self.reduce, self.expand):
+            std = 1.0 / math.sqrt(linear.in_features)
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2.0 * std, b=2.0 * std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
+        spatial = tuple(range(2, input.ndim))
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(input.mean(dim=spatial)))))
+        scale = self.scale if output_scale is None else output_scale * self.scale
+        return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
+
+
+class StochasticDepth(nn.Module):
+    """Adds a residual branch to a shortcut, in training only for the examples that a draw per example keeps.
+
+    Kept branches are not rescaled (Brock et al. 2021, reference implementation). Where no layer of the branch mixes
+    examples, the branch is computed for the kept examples alone, which gives the same result for less work; under
+    ``torch.compile`` and ``torch.func.vmap``, whose shapes may not depend on data, a mask is multiplied in instead.
+
+    Args:
+        rate: probability of dropping a branch, in [0, 1).
+        batch_independent: whether the branch treats examples separately (no BatchNorm in it).
+    """
+
+    def __init__(self, rate: float, batch_independent: bool = True):
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"rate: expected a probability in [0, 1), got {rate}")
+        self.rate = rate
+        self.batch_independent = batch_independent
+
+    def forward(self, shortcut: Tensor, branch: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """``shortcut + branch(input)``; all (N, C, *size)."""
+        if not self.training or self.rate == 0.0:
+            return branch(input) + shortcut
+        if not self.batch_independent or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+            keep = torch.rand(input.shape[0], device=input.device) >= self.rate
+            return branch(input) * keep.to(input.dtype).reshape(-1, *(1,) * (input.ndim - 1)) + shortcut
+        kept = (torch.rand(input.shape[0]) >= self.rate).nonzero().squeeze(1)  # drawn on the CPU: no device wait
+        if len(kept) == input.shape[0]:
+            return branch(input) + shortcut
+        if len(kept) == 0:
+            return shortcut
+        kept = kept.to(input.device)
+        return shortcut.index_add(0, kept, branch(input.index_select(0, kept)).to(shortcut.dtype))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}" + ("" if self.batch_independent else ", batch_independent=False")
+
+
+__all__ = [
+    "ScaledConv2d",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "WSConvTranspose1d",
+    "WSConvTranspose2d",
+    "WSConvTranspose3d",
+    "WSLinear",
+]

@@ -1,0 +1,111 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from .network import ResidualNetwork
+
+_FAMILIES = ("nf_resnet", "resnetv2", "resnetv1", "skipinit_resnet", "fixup_resnet")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One name of the registry: how to build it, what it is, and its BatchNorm counterpart."""
+
+    build: Callable[..., ResidualNetwork]
+    description: str
+    batchnorm_twin: str | None = None
+
+    def defaults(self) -> dict[str, Any]:
+        """Every option with its default."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@lru_cache(maxsize=1)
+def _entries() -> dict[str, ModelEntry]:
+    entries: dict[str, ModelEntry] = {}
+    for family in _FAMILIES:
+        entries.update(importlib.import_module(f"{__package__}.{family}").MODELS)
+    return entries
+
+
+def model_entry(name: str) -> ModelEntry:
+    """The registry's entry for a name.
+
+    Raises:
+        ValueError: no model has this name; the message lists near ones.
+    """
+    entries = _entries()
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "list_models() lists what there is."
+        raise ValueError(f"name: there is no model {name!r}; {hint}")
+    return entries[name]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern such as ``"nf_*"``, by family and depth."""
+    return [name for name in _entries() if fnmatch.fnmatchcase(name, pattern)]
+
+
+def batchnorm_twin(name: str) -> str | None:
+    """The name of the BatchNorm network with the same topology as a normaliser-free one; None for BatchNorm ones."""
+    return model_entry(name).batchnorm_twin
+
+
+def create_model(name: str, num_classes: int = 1000, **options: Any) -> ResidualNetwork:
+    """A new model, initialised as published.
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: outputs of the classifier; 0 leaves the pooled features as the output.
+        options: what the family takes, of
+
+            * ``in_channels`` (3), ``width`` (1.0: multiplies every channel count of the table),
+            * ``activation`` (``"relu"``: name, module or callable), ``drop_rate`` (0.0: dropout on the pooled
+              features), ``stochastic_depth_rate`` (0.0: of the last block; growing linearly from 0 at the first),
+            * ``padding`` (``"symmetric"``, or ``"same"`` as TensorFlow pads), ``shortcut`` (``"strided"`` 1×1, or
+              ``"avgpool"`` before a 1×1), ``stem`` (``"imagenet"``, or ``"small"``: 3×3 without stride or pooling),
+            * normaliser-free: ``alpha`` (0.2), ``skip_gain`` (start value), ``gain_source`` (``"exact"``, or
+              ``"published"`` for checkpoints trained elsewhere), ``weights`` (``"standardized"`` or ``"he"``),
+            * ``se_ratio`` (0: no squeeze-and-excitation), ``order`` of ResNetV2 (``"bn_relu"`` or ``"relu_bn"``).
+
+    Returns:
+        The model, in training mode; ``model.info`` says how to make it again.
+
+    Raises:
+        ValueError: unknown name or option, or a value that an option does not take.
+    """
+    entry = model_entry(name)
+    defaults = entry.defaults()
+    for option, value in options.items():
+        if option not in defaults:
+            near = difflib.get_close_matches(option, defaults, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(defaults))}."
+            raise ValueError(f"{option}: {name} has no such option; {hint}")
+        _check_choice(entry.build, option, value)
+    model = entry.build(num_classes=num_classes, **options)
+    model.info.name = name
+    model.info.options = {**defaults, "num_classes": num_classes, **options}
+    model.info.batchnorm_twin = entry.batchnorm_twin
+    return model
+
+
+def _check_choice(build: Callable[..., Any], option: str, value: Any) -> None:
+    function = build.func if isinstance(build, partial) else build
+    hint = get_type_hints(function)[option]
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise ValueError(f"{option}: expected one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint in (int, float) and not is_number:
+        raise ValueError(f"{option}: expected a number, got {value!r}")

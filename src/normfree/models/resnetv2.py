@@ -1,0 +1,103 @@
+"""ResNetV2 with BatchNorm (He et al. 2016), in the usual order BN-ReLU-Conv and in ReLU-BN-Conv."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..activation import Activation, activation_module
+from ..layers import SqueezeExcite, StochasticDepth
+from .bn_parts import bn_conv, norm_activation
+from .network import BlockPlan, Head, Padding, ResidualNetwork, Shortcut, Stem, build_stem, conv_padding
+from .network import shortcut_projection as projection
+from .registry import ModelEntry
+from .resnet_layout import DEPTHS, SE_KINDS, assemble, bottleneck_width, stem_width
+
+Order = Literal["bn_relu", "relu_bn"]
+
+
+class PreActivationBlock(nn.Module):
+    """shortcut(x) + branch(normalised and activated x): (N, C_in, H, W) to (N, C_out, ⌈H / s⌉, ⌈W / s⌉).
+
+    The shortcut of a transition block reads the normalised, activated signal.
+    """
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        activation: Activation,
+        norm_first: bool,
+        se_ratio: float,
+        stochastic_depth_rate: float,
+        padding: Padding,
+        shortcut: Shortcut,
+    ):
+        super().__init__()
+        mid = bottleneck_width(plan)
+        # where the activation comes first it reads the skip path, which must not be overwritten
+        self.norm0 = norm_activation(plan.in_channels, activation_module(activation, inplace=norm_first), norm_first)
+        self.conv_shortcut = projection(bn_conv, plan, shortcut)
+        self.conv0 = bn_conv(plan.in_channels, mid, 1)
+        self.norm1 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
+        self.conv1 = bn_conv(mid, mid, 3, stride=plan.stride, padding=conv_padding(3, padding))
+        self.norm2 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
+        self.conv2 = bn_conv(mid, plan.out_channels, 1)
+        self.squeeze_excite = SqueezeExcite(plan.out_channels, se_ratio, scale=1.0) if se_ratio else nn.Identity()
+        self.stochastic_depth = StochasticDepth(
+            plan.stochastic_depth_rate(stochastic_depth_rate), batch_independent=False
+        )
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv0(x))
+        x = self.norm2(self.conv1(x))
+        return self.squeeze_excite(self.conv2(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.norm0(x)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(activated)
+        return self.stochastic_depth(shortcut, self.branch, activated)
+
+
+def resnetv2(
+    depth: int,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width: float = 1.0,
+    activation: Activation = "relu",
+    order: Order = "bn_relu",
+    drop_rate: float = 0.0,
+    stochastic_depth_rate: float = 0.0,
+    padding: Padding = "symmetric",
+    shortcut: Shortcut = "strided",
+    stem: Stem = "imagenet",
+    se_ratio: float = 0.0,
+) -> ResidualNetwork:
+    """ResNetV2; ``order="relu_bn"`` puts BatchNorm behind the activation."""
+    norm_first = order == "bn_relu"
+
+    def make_block(plan: BlockPlan) -> PreActivationBlock:
+        return PreActivationBlock(plan, activation, norm_first, se_ratio, stochastic_depth_rate, padding, shortcut)
+
+    def make_head(features: int) -> Head:
+        last = norm_activation(features, activation_module(activation, inplace=True), norm_first)
+        return Head(last, features, num_classes, drop_rate)
+
+    stem_layers = build_stem(bn_conv, in_channels, stem_width(width), stem, padding)
+    return assemble(depth, width, stem_layers, make_block, make_head)
+
+
+_ORDERS: tuple[tuple[Order, str, str], ...] = (
+    ("bn_relu", "", "BN-ReLU-Conv"),
+    ("relu_bn", "_relu_bn", "ReLU-BN-Conv"),
+)
+MODELS = {
+    f"{kind}resnetv2_{depth}{suffix}": ModelEntry(
+        partial(resnetv2, depth, order=order, se_ratio=se_ratio), f"{kind.upper()}ResNetV2-{depth}, {order_text}"
+    )
+    for kind, se_ratio in SE_KINDS.items()
+    for order, suffix, order_text in _ORDERS
+    for depth in DEPTHS
+}

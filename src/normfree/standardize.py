@@ -1,0 +1,118 @@
+"""Scaled Weight Standardization of a weight tensor (Brock et al. 2021, section 4.2, equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor
+"""A scalar that a weight carries: a constant, or a tensor with one element that may be learned."""
+
+DEFAULT_EPS = 1e-4
+
+
+def standardize_weight(
+    weight: Tensor, gain: Tensor | None = None, scale: Scale = 1.0, eps: float = DEFAULT_EPS
+) -> Tensor:
+    """Ŵ_i = gain_i · scale · (W_i − mean(W_i)) / sqrt(max(N · var(W_i), eps)) for each output unit i of fan-in N.
+
+    The output units lie along the first axis, as in the weights of ``nn.Linear`` and ``nn.Conv*d``, whose fan-in is
+    every other axis (for a grouped convolution that is the channels of one group times the taps). Every row of Ŵ
+    then sums to 0 and has squares that sum to (gain_i · scale)².
+
+    Args:
+        weight: (out, *fan_in), at least two axes. Half-precision weights are standardized in float32.
+        gain: (out,), one learnable factor per output unit; None for 1.
+        scale: γ and any other scalar that the weight carries.
+        eps: lower bound on N · var(W_i), which keeps a constant row finite.
+
+    Returns:
+        Ŵ, with the shape and the dtype of ``weight``.
+
+    Raises:
+        ValueError: ``weight`` has fewer than two axes, or ``gain`` has not one element per output unit.
+    """
+    if weight.ndim < 2:
+        raise ValueError(f"weight: expected (out, *fan_in) with at least two axes, got shape {tuple(weight.shape)}")
+    _check_gain(gain, weight.shape[0])
+    rows = _at_least_float32(weight).flatten(1)
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    sum_of_squares = centred.square().sum(dim=1, keepdim=True)  # N · var
+    factor = sum_of_squares.clamp(min=eps).rsqrt() * scale
+    if gain is not None:
+        factor = factor * gain.unsqueeze(1)
+    return (centred * factor).reshape(weight.shape).to(weight.dtype)
+
+
+def standardize_transposed_weight(
+    weight: Tensor,
+    gain: Tensor | None = None,
+    scale: Scale = 1.0,
+    eps: float = DEFAULT_EPS,
+    groups: int = 1,
+    stride: Sequence[int] = (),
+    dilation: Sequence[int] = (),
+) -> Tensor:
+    """Scaled Weight Standardization for a transposed convolution.
+
+    The weight is (in, out / groups, *kernel). An element of the output at phase p = position mod stride meets only
+    the kernel taps t with t · dilation ≡ p (mod stride), of every input channel of its group: those taps times
+    in / groups are its fan-in. Each (output channel, phase) is therefore an output unit of its own. With stride 1
+    there is one phase, and the unit is all of the channel's weights; with a larger stride, standardizing all taps
+    together would leave the output with 1/stride of its variance per axis and a mean that differs between phases.
+
+    Args:
+        weight: (in, out / groups, *kernel).
+        gain: (out,), or None.
+        scale, eps: as in :func:`standardize_weight`.
+        groups, stride, dilation: of the convolution; empty sequences mean 1 in every direction.
+
+    Returns:
+        Ŵ, with the shape and the dtype of ``weight``.
+
+    Raises:
+        ValueError: the shape does not fit ``groups`` or ``gain``.
+    """
+    if weight.ndim < 3 or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight: expected (in, out / groups, *kernel) with in divisible by groups={groups}, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    per_group = weight.shape[1]
+    _check_gain(gain, groups * per_group)
+    kernel = weight.shape[2:]
+    # (groups, in / groups, out / groups, taps)
+    taps = _at_least_float32(weight).reshape(groups, weight.shape[0] // groups, per_group, -1)
+    phase = _phase_of_taps(kernel, stride or (1,) * len(kernel), dilation or (1,) * len(kernel))
+    member = torch.tensor(  # (taps, phases): 1 where the tap belongs to the phase
+        [[float(own == other) for other in range(max(phase) + 1)] for own in phase],
+        dtype=taps.dtype,
+        device=taps.device,
+    )
+    fan_in = (taps.shape[1] * member.sum(dim=0)).clamp(min=1.0)
+    mean = taps.sum(dim=1) @ member / fan_in  # (groups, out / groups, phases)
+    centred = taps - (mean @ member.T).unsqueeze(1)
+    sum_of_squares = centred.square().sum(dim=1) @ member
+    factor = sum_of_squares.clamp(min=eps).rsqrt() * scale
+    if gain is not None:
+        factor = factor * gain.reshape(groups, per_group, 1)
+    return (centred * (factor @ member.T).unsqueeze(1)).reshape(weight.shape).to(weight.dtype)
+
+
+def _phase_of_taps(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """For every kernel tap, in storage order, the number of the output phase that it contributes to."""
+    phase = [0]
+    for size, step, spread in zip(kernel, stride, dilation, strict=True):
+        phase = [outer * step + (tap * spread) % step for outer in phase for tap in range(size)]
+    return phase
+
+
+def _check_gain(gain: Tensor | None, units: int) -> None:
+    if gain is not None and gain.numel() != units:
+        raise ValueError(f"gain: expected one element for each of {units} output units, got shape {tuple(gain.shape)}")
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
