@@ -17,11 +17,14 @@ from .layers import (
     WSLinear,
 )
 from .models import batchnorm_twin, create_model, list_models
+from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
 
 __all__ = [
     "ModelCost",
     "ScaledConv2d",
+    "SignalPoint",
+    "SignalPropagation",
     "SqueezeExcite",
     "StochasticDepth",
     "WSConv1d",
@@ -38,5 +41,7 @@ __all__ = [
     "gain",
     "list_models",
     "model_cost",
+    "plot_signals",
+    "spp",
     "standardize_weight",
 ]
