@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,8 @@ class ScaledConv2d(_Convolution, nn.Conv2d):
 
     Args:
         scale: what stands in front of it.
+        reads: what the weights are initialised for, ``"relu"`` (variance 2 / fan-in) or ``"linear"`` (1 / fan-in), an
+            input of unit variance.
         (the others): as ``nn.Conv2d``; ``padding="same"`` also with a stride.
     """
 
@@ -159,15 +161,17 @@ class ScaledConv2d(_Convolution, nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         scale: float = 1.0,
+        reads: Literal["relu", "linear"] = "relu",
     ):
+        self._reads = reads
         self._init_convolution(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self.weight_scale = scale
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, 2 / fan-in), bias 0."""
-        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        """Weights from N(0, 2 / fan-in) or N(0, 1 / fan-in), bias 0."""
+        nn.init.kaiming_normal_(self.weight, nonlinearity=self._reads)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -36,14 +36,16 @@ class PreActivationBlock(nn.Module):
     ):
         super().__init__()
         mid = bottleneck_width(plan)
+        # He's rule for what the convolutions read: a ReLU's output in one order, BatchNorm's in the other
+        conv = partial(bn_conv, reads="relu" if norm_first else "linear")
         # where the activation comes first it reads the skip path, which must not be overwritten
         self.norm0 = norm_activation(plan.in_channels, activation_module(activation, inplace=norm_first), norm_first)
-        self.conv_shortcut = projection(bn_conv, plan, shortcut)
-        self.conv0 = bn_conv(plan.in_channels, mid, 1)
+        self.conv_shortcut = projection(conv, plan, shortcut)
+        self.conv0 = conv(plan.in_channels, mid, 1)
         self.norm1 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
-        self.conv1 = bn_conv(mid, mid, 3, stride=plan.stride, padding=conv_padding(3, padding))
+        self.conv1 = conv(mid, mid, 3, stride=plan.stride, padding=conv_padding(3, padding))
         self.norm2 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
-        self.conv2 = bn_conv(mid, plan.out_channels, 1)
+        self.conv2 = conv(mid, plan.out_channels, 1)
         self.squeeze_excite = SqueezeExcite(plan.out_channels, se_ratio, scale=1.0) if se_ratio else nn.Identity()
         self.stochastic_depth = StochasticDepth(
             plan.stochastic_depth_rate(stochastic_depth_rate), batch_independent=False
