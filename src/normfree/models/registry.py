@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -31,6 +32,30 @@ class ModelEntry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+@dataclass(frozen=True)
+class _Range:
+    """What a numeric option takes."""
+
+    accepts: Callable[[Any], bool]
+    description: str
+    whole: bool = False
+
+
+_PROBABILITY = _Range(lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)")
+_NOT_NEGATIVE = _Range(lambda value: 0.0 <= value < math.inf, "a number of 0 or more")
+_ANY_NUMBER = _Range(lambda value: True, "a number")
+_RANGES = {
+    "num_classes": _Range(lambda value: value >= 0, "a whole number of 0 or more", whole=True),
+    "in_channels": _Range(lambda value: value >= 1, "a whole number of 1 or more", whole=True),
+    "width": _Range(lambda value: 0.0 < value < math.inf, "a positive number"),
+    "alpha": _NOT_NEGATIVE,
+    "se_ratio": _NOT_NEGATIVE,
+    "skip_gain": _Range(math.isfinite, "a finite number"),
+    "drop_rate": _PROBABILITY,
+    "stochastic_depth_rate": _PROBABILITY,
+}
+
+
 @lru_cache(maxsize=1)
 def _entries() -> dict[str, ModelEntry]:
     entries: dict[str, ModelEntry] = {}
@@ -47,7 +72,7 @@ def model_entry(name: str) -> ModelEntry:
     """
     entries = _entries()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3)
+        near = difflib.get_close_matches(str(name).lower(), entries, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "list_models() lists what there is."
         raise ValueError(f"name: there is no model {name!r}; {hint}")
     return entries[name]
@@ -88,12 +113,13 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     """
     entry = model_entry(name)
     defaults = entry.defaults()
-    for option, value in options.items():
+    for option in options:
         if option not in defaults:
             near = difflib.get_close_matches(option, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(defaults))}."
             raise ValueError(f"{option}: {name} has no such option; {hint}")
-        _check_choice(entry.build, option, value)
+    for option, value in {"num_classes": num_classes, **options}.items():
+        _check_value(entry.build, option, value)
     model = entry.build(num_classes=num_classes, **options)
     model.info.name = name
     model.info.options = {**defaults, "num_classes": num_classes, **options}
@@ -101,11 +127,14 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     return model
 
 
-def _check_choice(build: Callable[..., Any], option: str, value: Any) -> None:
+def _check_value(build: Callable[..., Any], option: str, value: Any) -> None:
     function = build.func if isinstance(build, partial) else build
     hint = get_type_hints(function)[option]
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{option}: expected one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint in (int, float) and not is_number:
-        raise ValueError(f"{option}: expected a number, got {value!r}")
+    if hint not in (int, float):
+        return
+    accepted = _RANGES.get(option, _ANY_NUMBER)
+    kinds = (int,) if accepted.whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not accepted.accepts(value):
+        raise ValueError(f"{option}: expected {accepted.description}, got {value!r}")
