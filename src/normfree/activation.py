@@ -64,7 +64,7 @@ _ALIASES = {
     "hard_sigmoid": "hardsigmoid",
     "hard_tanh": "hardtanh",
 }
-_CALL = re.compile(r"^\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:\((.*)\))?\s*$")
+_CALL = re.compile(r"^\s*([A-Za-z_][A-Za-z0-9_-]*)\s*(?:\((.*)\))?\s*$")
 
 
 class ElementwiseFunction(nn.Module):
