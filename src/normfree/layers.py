@@ -438,7 +438,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         spatial = tuple(range(2, input.ndim))
-        gate = torch.sigmoid(self.expand(F.relu(self.reduce(input.mean(dim=spatial)))))
+        pooled = input.mean(dim=spatial) if spatial else input  # torch takes no axis for all of them
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(pooled))))
         scale = self.scale if output_scale is None else output_scale * self.scale
         return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
 
