@@ -251,13 +251,13 @@ def test_input_of_the_wrong_rank():
         small("nf_resnet26")(torch.randn(3, 32, 32))
 
 
-@pytest.mark.parametrize("width", [0.001, 0.01, 0.1, 0.3, 1.1])
+@pytest.mark.parametrize("width", [0.01, 0.1, 0.3, 1.1])
 @pytest.mark.filterwarnings("ignore:.*fan-in of 1")
 def test_any_positive_width(width):
     with torch.device("meta"):
         model = nf.create_model("nf_resnet26", width=width)
     assert model(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 1000)
-    assert model.num_features == max(1, int(2048 * width))
+    assert model.num_features == int(2048 * width)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import nn
@@ -30,16 +29,14 @@ SE_KINDS = {"": 0.0, "se": 0.25}
 
 def stem_width(width: float) -> int:
     """Channels after the stem of a network ``width`` times as wide as the table."""
-    if not 0 < width < math.inf:
+    if not width > 0:
         raise ValueError(f"width: expected a positive multiplier, got {width}")
     return max(1, int(STEM_WIDTH * width))
 
 
 def stage_plans(depth: int, width: float) -> list[list[BlockPlan]]:
     """The blocks of ResNet-``depth``, stage by stage."""
-    return plan_stages(
-        stem_width(width), [max(1, int(channels * width)) for channels in WIDTHS], DEPTHS[depth], STRIDES
-    )
+    return plan_stages(stem_width(width), [int(channels * width) for channels in WIDTHS], DEPTHS[depth], STRIDES)
 
 
 def bottleneck_width(plan: BlockPlan) -> int:
