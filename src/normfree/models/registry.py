@@ -43,7 +43,6 @@ class _Range:
 
 _PROBABILITY = _Range(lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)")
 _NOT_NEGATIVE = _Range(lambda value: 0.0 <= value < math.inf, "a number of 0 or more")
-_ANY_NUMBER = _Range(lambda value: True, "a number")
 _RANGES = {
     "num_classes": _Range(lambda value: value >= 0, "a whole number of 0 or more", whole=True),
     "in_channels": _Range(lambda value: value >= 1, "a whole number of 1 or more", whole=True),
@@ -119,7 +118,8 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(defaults))}."
             raise ValueError(f"{option}: {name} has no such option; {hint}")
     for option, value in {"num_classes": num_classes, **options}.items():
-        _check_value(entry.build, option, value)
+        _check_range(option, value)
+        _check_choice(entry.build, option, value)
     model = entry.build(num_classes=num_classes, **options)
     model.info.name = name
     model.info.options = {**defaults, "num_classes": num_classes, **options}
@@ -127,14 +127,20 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     return model
 
 
-def _check_value(build: Callable[..., Any], option: str, value: Any) -> None:
+def _check_range(option: str, value: Any) -> None:
+    accepted = _RANGES.get(option)
+    if accepted is None:
+        return
+    kinds = (int,) if accepted.whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not accepted.accepts(value):
+        raise ValueError(f"{option}: expected {accepted.description}, got {value!r}")
+
+
+def _check_choice(build: Callable[..., Any], option: str, value: Any) -> None:
     function = build.func if isinstance(build, partial) else build
     hint = get_type_hints(function)[option]
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{option}: expected one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
-    if hint not in (int, float):
-        return
-    accepted = _RANGES.get(option, _ANY_NUMBER)
-    kinds = (int,) if accepted.whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not accepted.accepts(value):
-        raise ValueError(f"{option}: expected {accepted.description}, got {value!r}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint in (int, float) and not is_number:
+        raise ValueError(f"{option}: expected a number, got {value!r}")
