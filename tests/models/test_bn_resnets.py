@@ -103,8 +103,7 @@ def test_both_orders_against_an_explicit_forward(name):
             out = prepare(conv(out, block.conv0), block.norm1)
             out = prepare(conv(out, block.conv1), block.norm2)
             out = conv(out, block.conv2)
-            if name.startswith("se"):
-                se = block.squeeze_excite
+            for se in (layer for layer in block.children() if isinstance(layer, nf.SqueezeExcite)):
                 gate = torch.sigmoid(se.expand(torch.relu(se.reduce(out.mean((2, 3))))))
                 out = out * gate[:, :, None, None]
             x = skip + out

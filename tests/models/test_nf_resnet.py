@@ -108,8 +108,7 @@ def reference_forward(model, x, gamma, alpha, padding, shortcut="strided", activ
             out = plain_conv(out, block.conv0, padding)
             out = plain_conv(activate(out), block.conv1, padding)
             out = plain_conv(activate(out), block.conv2, padding)
-            if block.squeeze_excite is not None:
-                se = block.squeeze_excite
+            for se in (layer for layer in block.children() if isinstance(layer, nf.SqueezeExcite)):
                 gate = torch.sigmoid(se.expand(torch.relu(se.reduce(out.mean((2, 3))))))
                 out = 2.0 * out * gate[:, :, None, None]
             x = skip + alpha * block.skip_gain * out
@@ -229,3 +228,14 @@ def test_he_weights_let_the_mean_grow():
         ratios[weights] = float(x.mean(1).square().mean() / x.var(1).mean())
     assert ratios["he"] > 3 * ratios["standardized"]
     assert ratios["standardized"] < 0.5
+
+
+@pytest.mark.parametrize("name", ["nf_seresnet26", "seresnetv2_26", "seresnetv2_26_relu_bn"])
+def test_se_models_have_a_gate_in_every_block(name):
+    model = nf.create_model(name, width=0.125)
+    scale = 2.0 if name.startswith("nf") else 1.0
+    for stage in model.stages:
+        for block in stage:
+            [gate] = [layer for layer in block.children() if isinstance(layer, nf.SqueezeExcite)]
+            assert gate.scale == scale
+            assert gate.reduce.out_features == block.conv2.out_channels // 4
