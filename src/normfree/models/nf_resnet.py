@@ -60,7 +60,7 @@ def nf_resnet(
         )
 
     def make_head(features: int) -> Head:
-        return Head(activation_module(activation, inplace=True), features, num_classes, drop_rate, pooled_scale=gamma)
+        return Head(activation_module(activation), features, num_classes, drop_rate, pooled_scale=gamma)
 
     stem_layers = build_stem(stem_conv, in_channels, stem_width(width), stem, padding)
     return assemble(depth, width, stem_layers, make_block, make_head)

@@ -84,7 +84,7 @@ def resnetv2(
         return PreActivationBlock(plan, activation, norm_first, se_ratio, stochastic_depth_rate, padding, shortcut)
 
     def make_head(features: int) -> Head:
-        last = norm_activation(features, activation_module(activation, inplace=True), norm_first)
+        last = norm_activation(features, activation_module(activation, inplace=norm_first), norm_first)
         return Head(last, features, num_classes, drop_rate)
 
     stem_layers = build_stem(bn_conv, in_channels, stem_width(width), stem, padding)
