@@ -219,6 +219,11 @@ class ResidualNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @property
+    def residual_blocks(self) -> list[Any]:
+        """Every block, in order of execution."""
+        return [block for stage in self.stages.children() for block in stage.children()]
+
+    @property
     def num_classes(self) -> int:
         return getattr(self.head.classifier, "out_features", 0)
 
@@ -254,3 +259,5 @@ class ResidualNetwork(nn.Module):
         reference = next(self.parameters())
         classifier = self.head.new_classifier(self.num_features, num_classes)
         self.head.classifier = classifier.to(reference.device, reference.dtype)
+        if self.info.options:
+            self.info.options["num_classes"] = num_classes
