@@ -71,7 +71,7 @@ def load_haiku(
     slots = list(_slots(target, _BLOCK_NAMES[root]))
     if model.num_classes == 0:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("linear/")}
-    values = match(slots, tensors, classifier)
+    values = match(slots, tensors, classifier, hint=_depth_hint(model, tensors, _BLOCK_NAMES[root]))
     assign(slots, values)
     become(model, target)
     return model
@@ -95,6 +95,12 @@ def _original_options(root: str) -> dict[str, Any]:
         "padding": "same",
         "shortcut": "avgpool" if pooled else "strided",
     }
+
+
+def _depth_hint(model: ResidualNetwork, tensors: Mapping[str, Tensor], block_name: str) -> str:
+    came = len({name.split("/")[0] for name in tensors if name.startswith(block_name)})
+    expected = len(model.residual_blocks)
+    return "" if came == expected else f"\nThe tree has {came} blocks, the model has {expected}."
 
 
 def _flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:

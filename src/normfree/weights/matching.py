@@ -66,26 +66,28 @@ def match(
     slots = list(slots)
     values: list[Tensor] = []
     problems: list[str] = []
-    classifier_differs = False
+    only_classifier = True
     for slot in slots:
         expected = tuple(slot.target.shape)
         if slot.is_classifier and classifier == "keep":
             values.append(slot.target)
         elif slot.source not in checkpoint:
             problems.append(f"{slot.source}: missing, expected shape {expected}")
+            only_classifier &= slot.is_classifier
         else:
             value, problem = _converted(slot, checkpoint[slot.source])
             values.append(value)
             if problem:
                 problems.append(f"{slot.source}: {problem}")
-                classifier_differs |= slot.is_classifier
+                only_classifier &= slot.is_classifier
     known = {slot.source for slot in slots}
     for name, tensor in checkpoint.items():
         if name not in known:
             problems.append(f"{name}: the model has no such tensor, got shape {tuple(tensor.shape)}")
+            only_classifier = False
     if problems:
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        advice = "\nclassifier='keep' loads all but the classifier." if classifier_differs else ""
+        advice = "\nclassifier='keep' loads all but the classifier." if only_classifier else ""
         raise CheckpointError(
             "checkpoint: it does not fit the model:\n  " + "\n  ".join(problems[:_SHOWN]) + more + advice + hint
         )

@@ -83,7 +83,7 @@ def load_weights(
         raise CheckpointError(
             f"checkpoint: {model} has no configuration in it, so the model must be given: load_weights(model, path)"
         )
-    return model_from_config(json.loads(metadata[_METADATA_KEY]), tensors)
+    return _model_from_config(metadata[_METADATA_KEY], tensors)
 
 
 def model_config(model: ResidualNetwork) -> dict[str, Any]:
@@ -99,9 +99,10 @@ def model_config(model: ResidualNetwork) -> dict[str, Any]:
     return {"name": model.info.name, "options": options, "data": asdict(model.info.data)}
 
 
-def model_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ResidualNetwork:
+def _model_from_config(text: str, tensors: Mapping[str, Tensor]) -> ResidualNetwork:
     """The model of a configuration with these tensors, in their precision and in evaluation mode."""
     try:
+        config = json.loads(text)
         with torch.device("meta"):
             model = create_model(config["name"], **config["options"])
         data: dict[str, Any] = dict(config["data"])

@@ -89,7 +89,8 @@ def from_timm(source: StateDict | str | Path, **options: Any) -> ResidualNetwork
             ``num_classes`` other than the checkpoint's leaves the classifier as a new one.
 
     Returns:
-        The model, in evaluation mode and with the precision of the checkpoint; ``model.info`` says its name, options and data configuration.
+        The model, in evaluation mode and with the precision of the checkpoint; ``model.info`` says its name, options
+        and data configuration.
 
     Raises:
         CheckpointError: not a checkpoint of these families, or as :func:`load_timm`.
