@@ -19,6 +19,7 @@ from .layers import (
     WSLinear,
 )
 from .models import batchnorm_twin, create_model, list_models
+from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
 from .weights import (
     CheckpointError,
@@ -38,6 +39,8 @@ __all__ = [
     "EfficientChannelAttention",
     "ModelCost",
     "ScaledConv2d",
+    "SignalPoint",
+    "SignalPropagation",
     "SqueezeExcite",
     "StochasticDepth",
     "WSConv1d",
@@ -60,8 +63,10 @@ __all__ = [
     "load_timm",
     "load_weights",
     "model_cost",
+    "plot_signals",
     "push_to_hub",
     "save_pretrained",
     "save_weights",
+    "spp",
     "standardize_weight",
 ]

@@ -1,0 +1,562 @@
+"""Watching one forward pass: where two activations are added, which is the branch, and the signal there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .graph import (
+    Graph,
+    Node,
+    channel_axis,
+    channel_of_result,
+    default_channel_axis,
+    is_constant,
+    lightest_path,
+    operation_cost,
+    scalar_value,
+    tensors_in,
+)
+from .moments import ChannelMoments
+
+aten = torch.ops.aten
+_ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
+_SCALINGS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
+_DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
+_SHIFTS = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar, aten.sub.Tensor, aten.sub.Scalar}
+_COPIES = {aten._to_copy.default, aten.clone.default}
+# in place behind an addition, these are still part of the block: relu_(x + f(x))
+_ACTIVATIONS_IN_PLACE = (
+    *("relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "silu_", "gelu_", "mish_", "sigmoid_", "tanh_"),
+    *("hardtanh_", "hardswish_", "hardsigmoid_", "threshold_", "clamp_", "clamp_min_", "prelu_"),
+)
+
+
+@dataclass(eq=False, slots=True)
+class ModuleCall:
+    """One running or finished call of a module."""
+
+    path: str
+    first_node: int  # how many nodes there were when it began
+    input: Tensor | None  # its first tensor, held only until the first block is known
+    input_moments: ChannelMoments | None = None
+
+
+@dataclass(eq=False)
+class Merge:
+    """One addition of a residual branch to a skip path.
+
+    Attributes:
+        block: the call of the innermost module that holds the whole branch; None for the model itself.
+        branch_path: path of the module, directly below the block, that made the branch; "" if there is none.
+        identity: whether nothing was computed on the skip path and the shape is that of the block's input.
+        shape: of the block's output.
+        axis: of its channels.
+        moments: of the block's output.
+        residual: of the branch, divided by the scalars that it was multiplied with.
+        gradient: of the loss with respect to the block's output, if asked for.
+    """
+
+    block: ModuleCall | None
+    branch_path: str
+    identity: bool
+    shape: tuple[int, ...]
+    residual: ChannelMoments
+    node: Node
+    axis: int
+    pending: Tensor | None
+    moments: ChannelMoments | None = None
+    gradient: ChannelMoments | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of channels, and of elements: what a stage has in common."""
+        return _size(self.shape, self.shape[self.axis])
+
+
+@dataclass(eq=False)
+class LayerOutput:
+    """The output of one layer, for networks without residual merges."""
+
+    path: str
+    shape: tuple[int, ...]
+    axis: int
+    moments: ChannelMoments
+    gradient: ChannelMoments | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of channels, and of elements."""
+        return _size(self.shape, self.shape[self.axis])
+
+
+@dataclass
+class TraceResult:
+    """What one forward pass showed."""
+
+    merges: list[Merge] = field(default_factory=list)
+    layers: list[LayerOutput] = field(default_factory=list)
+    stem_path: str = ""
+    stem_shape: tuple[int, ...] = ()
+    stem_moments: ChannelMoments | None = None
+    stem_gradient: ChannelMoments | None = None
+
+
+class Trace(TorchDispatchMode):
+    """Watches what runs inside ``with``: every operation as a dispatch mode, every module call through hooks.
+
+    Args:
+        model: whose module calls give the names.
+        channel_axis: of every activation, or None to find it.
+        layers: measure layer outputs, not residual merges.
+        gradients: measure the gradients, too, when a backward pass follows.
+    """
+
+    def __init__(
+        self, model: nn.Module, channel_axis: int | None = None, layers: bool = False, gradients: bool = False
+    ):
+        super().__init__()
+        self.result = TraceResult()
+        self._model = model
+        self._channel_axis = channel_axis
+        self._layers = layers
+        self._gradients = gradients
+        self._graph = Graph()
+        self._stack: list[ModuleCall] = []
+        self._open: list[Merge] = []  # merges whose block has not returned yet
+        self._merge_of: dict[Node, Merge] = {}
+        self._tensors: dict[Node, weakref.ref[Tensor]] = {}  # until the first block is known
+        self._to_hook: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self._measuring = False
+        self.module_path = ""  # of the call that was running last: where a failing forward pass failed
+
+    # ---------------------------------------------------------------- inputs and module calls
+
+    def watch_inputs(self, inputs: Any) -> None:
+        """Declares the tensors from which everything else descends."""
+        for tensor in tensors_in(inputs):
+            self._graph.add(tensor)
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on every module, removed at the end whatever happens."""
+        handles = []
+        try:
+            for path, module in self._model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave(path), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._measuring:
+                return
+            self._attach_gradient_hooks()
+            self.module_path = path
+            tensor = None if self.result.merges else next(tensors_in((args, kwargs)), None)
+            self._stack.append(ModuleCall(path, self._graph.count, tensor))
+
+        return hook
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._measuring:
+                return
+            self._attach_gradient_hooks()
+            call = self._pop(path)
+            tensor = next(tensors_in(output), None)
+            scale = kwargs.get("output_scale")
+            if scale is not None and tensor is not None:
+                self._note_output_scale(module, args, kwargs, tensor, scale)
+            if self._layers:
+                self._measure_layer(path, module, tensor)
+            elif call is not None:
+                self._close_block(call, tensor)
+            if call is not None:
+                call.input = None  # nodes keep their calls, and must not keep activations through them
+            self.module_path = self._stack[-1].path if self._stack else ""
+
+        return hook
+
+    def _pop(self, path: str) -> ModuleCall | None:
+        while self._stack:  # calls whose forward raised inside the model's own try are still on the stack
+            call = self._stack.pop()
+            if call.path == path:
+                return call
+        return None
+
+    def _note_output_scale(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor, scale: Any) -> None:
+        """A layer that was called with ``output_scale`` carries that scalar in its weight."""
+        node = self._graph.node(output)
+        value = scalar_value(scale, self._graph)
+        if node is None or value is None:
+            return
+        if value == 0.0:
+            with self._paused(), torch.no_grad():
+                unscaled = module.forward(*args, **{**kwargs, "output_scale": None})
+                node.unscaled = self._moments(unscaled, self._axis(unscaled, node))
+        node.scale *= value
+
+    # ---------------------------------------------------------------- operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._measuring:
+            return func(*args, **kwargs)
+        self._attach_gradient_hooks()
+        inputs = [(tensor, node) for tensor in tensors_in((args, kwargs)) if (node := self._graph.node(tensor))]
+        if not inputs:
+            return func(*args, **kwargs)
+        operation = func._schema.name
+        merge = None
+        if func in _ADDITIONS and not self._layers:
+            merge = self._find_merge(args, kwargs)
+        if func._schema.is_mutable:
+            self._before_overwriting(operation, args, kwargs)
+        unscaled = self._before_scaling(func, args)
+        result = func(*args, **kwargs)
+        if not is_constant(operation):
+            self._record(func, operation, args, kwargs, inputs, result, unscaled)
+            if "softmax" in operation:
+                self._forget_attention(inputs)
+            if merge is not None:
+                self._add_merge(merge, result)
+        return result
+
+    def _record(
+        self,
+        func: Any,
+        operation: str,
+        args: Any,
+        kwargs: Any,
+        inputs: list[tuple[Tensor, Node]],
+        result: Any,
+        unscaled: Any,
+    ) -> None:
+        cost: float | None = None
+        for tensor in tensors_in(result):
+            if not func._schema.is_mutable and self._graph.node(tensor) is not None:
+                continue  # a view of what is known already
+            if cost is None:
+                cost = operation_cost(func, operation, args, kwargs, result)
+            channel = channel_of_result(operation, inputs, tensor)
+            node = self._graph.add(tensor, (node for _, node in inputs), cost, channel, tuple(self._stack))
+            if node is None:
+                continue
+            node.scale, node.unscaled = self._scale_after(func, args, unscaled)
+            if not self.result.merges and not self._layers:
+                self._tensors[node] = weakref.ref(tensor)
+
+    def _scale_after(
+        self, func: Any, args: Any, unscaled: ChannelMoments | None
+    ) -> tuple[float, ChannelMoments | None]:
+        operand = self._scaled_operand(func, args)
+        if operand is None:
+            return 1.0, None
+        node, factor = operand
+        return node.scale * factor, unscaled or node.unscaled
+
+    def _scaled_operand(self, func: Any, args: Any) -> tuple[Node, float] | None:
+        """The activation and the scalar in a multiplication, division or addition by a scalar, or in a copy."""
+        if func in _COPIES:
+            node = self._graph.node(args[0])
+            return None if node is None else (node, 1.0)
+        if len(args) < 2 or func not in _SCALINGS | _DIVISIONS | _SHIFTS:
+            return None
+        for operand, other in ((args[0], args[1]), (args[1], args[0])):
+            node = self._graph.node(operand) if isinstance(operand, Tensor) else None
+            value = scalar_value(other, self._graph) if node is not None else None
+            if node is None or value is None:
+                continue
+            if func in _SHIFTS:
+                return node, 1.0
+            if func in _DIVISIONS:
+                return (node, 1.0 / value) if operand is args[0] and value != 0.0 else None
+            return node, value
+        return None
+
+    def _before_scaling(self, func: Any, args: Any) -> ChannelMoments | None:
+        """What a multiplication by zero is about to erase."""
+        if func not in _SCALINGS or self._layers:
+            return None
+        operand = self._scaled_operand(func, args)
+        if operand is None or operand[1] != 0.0 or operand[0].scale == 0.0:
+            return None
+        tensor = next(tensor for tensor in tensors_in(args) if self._graph.node(tensor) is operand[0])
+        moments = self._moments(tensor, self._axis(tensor, operand[0]))
+        return _rescaled(moments, 1.0 / operand[0].scale)
+
+    def _before_overwriting(self, operation: str, args: Any, kwargs: Any) -> None:
+        target = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("out")
+        node = self._graph.node(target) if isinstance(target, Tensor) else None
+        if node is None:
+            return
+        if not self.result.merges and not self._layers:
+            for call in self._stack:
+                if call.input is not None and call.input_moments is None and self._graph.node(call.input) is node:
+                    call.input_moments = self._moments(call.input, self._axis(call.input, node))
+        if operation.removeprefix("aten::") not in _ACTIVATIONS_IN_PLACE:
+            for merge in self._open:
+                if merge.pending is not None and self._graph.node(merge.pending) is node:
+                    self._measure(merge, merge.pending)
+
+    # ---------------------------------------------------------------- merges
+
+    def _find_merge(self, args: Any, kwargs: Any) -> Merge | None:
+        """The merge that an addition is, its branch measured; None if it is no residual merge."""
+        left, right = args[0], args[1]
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.shape != right.shape or left.ndim < 2:
+            return None
+        if not (left.is_floating_point() and right.is_floating_point()):
+            return None
+        left_node, right_node = self._graph.node(left), self._graph.node(right)
+        if left_node is None or right_node is None or left_node is right_node:
+            return None
+        shared = left_node.ancestors & right_node.ancestors
+        if not shared:
+            return None
+        left_cost, right_cost = lightest_path(left_node, shared), lightest_path(right_node, shared)
+        if left_cost == right_cost:
+            return None
+        left_is_branch = left_cost > right_cost
+        branch, branch_node = (left, left_node) if left_is_branch else (right, right_node)
+        skip, skip_node = (right, right_node) if left_is_branch else (left, left_node)
+        # the skip path knows better: a branch may mix tokens with a linear layer, which is not its channel axis
+        axis = self._axis(skip, skip_node, self._known_axis(branch, branch_node))
+        scale = branch_node.scale * (1.0 if left_is_branch else float(kwargs.get("alpha", 1)))
+        residual = self._residual(branch, branch_node, axis, scale)
+        block = self._block_of(branch_node, skip_node, shared)
+        for merge in self._open:
+            if merge.block is block and merge.pending is not None:
+                self._measure(merge, merge.pending)
+        if not self.result.merges:
+            self._measure_stem(block, shared, skip, axis)
+        fork, channels = self._fork(branch_node, shared), branch.shape[axis]
+        fork_channels = fork.channel[0] if fork.channel is not None else channels
+        return Merge(
+            block,
+            self._branch_path(branch_node, shared, block),
+            min(left_cost, right_cost) == 0.0
+            and _size(fork.shape, fork_channels) == _size(tuple(branch.shape), channels),
+            tuple(branch.shape),
+            residual,
+            branch_node,
+            axis,
+            None,
+        )
+
+    def _residual(self, branch: Tensor, node: Node, axis: int, scale: float) -> ChannelMoments:
+        """The branch before the scalars that it was multiplied with."""
+        if scale == 0.0 and node.unscaled is not None:
+            return node.unscaled
+        moments = self._moments(branch, axis)
+        return moments if scale in (0.0, 1.0) else _rescaled(moments, 1.0 / scale)
+
+    @staticmethod
+    def _fork(branch: Node, shared: int) -> Node:
+        """The last of the shared nodes that the branch starts from."""
+        latest: Node | None = None
+        seen, stack = {branch}, [branch]
+        while stack:
+            for parent in stack.pop().parents:
+                if shared >> parent.index & 1:
+                    if latest is None or parent.index > latest.index:
+                        latest = parent
+                elif parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+        return latest or branch
+
+    def _block_of(self, branch: Node, skip: Node, shared: int) -> ModuleCall | None:
+        """The innermost running module that holds both paths from the fork on; None for the model itself.
+
+        A module that is only handed the branch, to call it and add, holds it in time but not in its path.
+        """
+        own = (branch.ancestors | skip.ancestors) & ~shared
+        first = (own & -own).bit_length() - 1
+        maker = branch.modules[-1].path if branch.modules else ""
+        for depth in range(len(self._stack) - 1, 0, -1):
+            call = self._stack[depth]
+            if call.first_node <= first and f"{maker}.".startswith(f"{call.path}."):
+                return call
+        return None
+
+    @staticmethod
+    def _branch_path(branch: Node, shared: int, block: ModuleCall | None) -> str:
+        """The module directly below the block that made the branch, seen from the branch's end."""
+        stack = [branch]
+        while stack:
+            node = stack.pop(0)
+            below = node.modules.index(block) + 1 if block in node.modules else 1
+            if below < len(node.modules):
+                return node.modules[below].path
+            stack.extend(parent for parent in node.parents if not shared >> parent.index & 1)
+        return ""
+
+    def _add_merge(self, merge: Merge, result: Tensor) -> None:
+        node = self._graph.node(result)
+        if node is None:
+            return
+        merge.node = node
+        node.channel = (result.shape[merge.axis], result.stride(merge.axis))
+        self._merge_of[node] = merge
+        self.result.merges.append(merge)
+        self._tensors.clear()
+        for call in self._stack:
+            call.input = None
+        if merge.block is None:
+            self._measure(merge, result)
+        else:
+            merge.pending = result
+            self._open.append(merge)
+
+    def _close_block(self, call: ModuleCall, output: Tensor | None) -> None:
+        mine = [merge for merge in self._open if merge.block is call]
+        self._open = [merge for merge in self._open if merge.block is not call]
+        for merge in mine:
+            if merge.pending is None:
+                continue
+            is_output = merge is mine[-1] and output is not None and self._only_activated(merge, output)
+            self._measure(merge, output if is_output and output is not None else merge.pending)
+
+    def _only_activated(self, merge: Merge, output: Tensor) -> bool:
+        """Whether a block's output is its merge, but for activations and normalisation."""
+        node = self._graph.node(output)
+        if node is None or tuple(output.shape) != merge.shape:
+            return False
+        if not node.ancestors >> merge.node.index & 1:
+            return False
+        while node is not merge.node:
+            if node.cost or len(node.parents) != 1:
+                return False
+            node = node.parents[0]
+        return True
+
+    def _forget_attention(self, inputs: list[tuple[Tensor, Node]]) -> None:
+        """Scores that go straight into a softmax are attention logits, whatever was added to them."""
+        for _, node in inputs:
+            merge = self._merge_of.get(node)
+            if merge is not None:
+                self.result.merges.remove(merge)
+                if merge in self._open:
+                    self._open.remove(merge)
+
+    # ---------------------------------------------------------------- measuring
+
+    def _measure(self, merge: Merge, tensor: Tensor) -> None:
+        axis = self._axis(tensor, self._graph.node(tensor), merge.axis)
+        merge.moments, merge.axis, merge.shape, merge.pending = (
+            self._moments(tensor, axis),
+            axis,
+            tuple(tensor.shape),
+            None,
+        )
+        self._want_gradient(tensor, merge, "gradient", axis)
+
+    def _measure_stem(self, block: ModuleCall | None, shared: int, skip: Tensor, axis: int) -> None:
+        result = self.result
+        tensor = block.input if block is not None else None
+        node = self._graph.node(tensor) if tensor is not None else None
+        if block is not None and (block.input_moments is not None or (node and shared >> node.index & 1)):
+            result.stem_path = block.path
+            if block.input_moments is not None:
+                result.stem_moments = block.input_moments
+                result.stem_shape = tuple(tensor.shape) if tensor is not None else ()
+                return
+        else:
+            alive = {node.index: ref() for node, ref in self._tensors.items() if shared >> node.index & 1}
+            latest = max((index for index, value in alive.items() if value is not None), default=None)
+            tensor = skip if latest is None else alive[latest]
+        assert tensor is not None
+        axis = self._axis(tensor, self._graph.node(tensor), axis if tensor.ndim == skip.ndim else None)
+        result.stem_moments, result.stem_shape = self._moments(tensor, axis), tuple(tensor.shape)
+        self._want_gradient(tensor, result, "stem_gradient", axis)
+
+    def _measure_layer(self, path: str, module: nn.Module, output: Tensor | None) -> None:
+        is_layer = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        if not is_layer or output is None or not output.is_floating_point() or output.ndim < 2:
+            return
+        axis = self._axis(output, self._graph.node(output))
+        layer = LayerOutput(path, tuple(output.shape), axis, self._moments(output, axis))
+        self.result.layers.append(layer)
+        self._want_gradient(output, layer, "gradient", axis)
+
+    def _known_axis(self, tensor: Tensor, node: Node | None) -> int | None:
+        if self._channel_axis is not None:
+            return self._channel_axis
+        return channel_axis(tensor, node)
+
+    def _axis(self, tensor: Tensor, node: Node | None, fallback: int | None = None) -> int:
+        known = self._known_axis(tensor, node)
+        if known is None:
+            known = default_channel_axis(tensor.ndim) if fallback is None else fallback
+        if not -tensor.ndim <= known < tensor.ndim:
+            raise ValueError(f"channel_axis: {known} is not an axis of an activation of shape {tuple(tensor.shape)}")
+        return known
+
+    def _moments(self, tensor: Tensor, axis: int) -> ChannelMoments:
+        with self._paused(), torch.no_grad():
+            return ChannelMoments.of(tensor, axis)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        before, self._measuring = self._measuring, True
+        try:
+            yield
+        finally:
+            self._measuring = before
+
+    # ---------------------------------------------------------------- gradients
+
+    def _want_gradient(self, tensor: Tensor, holder: Any, attribute: str, axis: int) -> None:
+        if not self._gradients:
+            return
+
+        def store(gradient: Tensor) -> None:
+            setattr(holder, attribute, self._moments(gradient, axis))
+
+        self._to_hook.append((tensor, store))
+
+    def _attach_gradient_hooks(self) -> None:
+        """A tensor that was met below autograd has its place in the autograd graph only by the next event."""
+        for tensor, store in self._to_hook:
+            if tensor.requires_grad:
+                tensor.register_hook(store)
+        self._to_hook.clear()
+
+    def finish(self) -> None:
+        """Measures what is still open when the forward pass has returned."""
+        for merge in self._open:
+            if merge.pending is not None:
+                self._measure(merge, merge.pending)
+        self._open.clear()
+        self._attach_gradient_hooks()
+        self._tensors.clear()
+
+
+def _size(shape: tuple[int, ...], channels: int) -> tuple[int, int]:
+    """What tells one stage from the next, in whatever layout: the number of channels, and of elements."""
+    return channels, math.prod(shape)
+
+
+def _rescaled(moments: ChannelMoments, factor: float) -> ChannelMoments:
+    return ChannelMoments(
+        moments.count,
+        moments.mean * factor,
+        moments.squared_deviation * factor**2,
+        moments.nan_count,
+        moments.inf_count,
+    )
