@@ -18,7 +18,7 @@ from .layers import (
     WSConvTranspose3d,
     WSLinear,
 )
-from .models import batchnorm_twin, create_model, list_models
+from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
 from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
 from .weights import (
@@ -36,6 +36,7 @@ from .weights import (
 __all__ = [
     "AdaptiveGradientClipping",
     "CheckpointError",
+    "DataConfig",
     "EfficientChannelAttention",
     "ModelCost",
     "ScaledConv2d",
@@ -55,6 +56,7 @@ __all__ = [
     "adaptive_gradient_clip_",
     "batchnorm_twin",
     "create_model",
+    "data_config",
     "from_pretrained",
     "from_timm",
     "gain",

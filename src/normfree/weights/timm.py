@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import EfficientChannelAttention, SqueezeExcite, WSConv2d
 from ..models import create_model, model_entry
-from ..models.data_config import DataConfig
+from ..models.data import DataConfig
 from ..models.network import ResidualNetwork
 from ..models.nfnet import MODELS as NFNETS
 from ..models.regnet_layout import VARIANTS as REGNETS
