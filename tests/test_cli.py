@@ -40,7 +40,7 @@ def test_models_list_and_cost() -> None:
     assert code == 0
     assert "nf_resnet600" in out
     assert "resnetv2_600" in out
-    code, out, _ = run("models", "resnetv1_50", "--cost", "--json")
+    _, out, _ = run("models", "resnetv1_50", "--cost", "--json")
     assert json.loads(out)[0]["parameters"] == 25557032
 
 
@@ -63,7 +63,7 @@ def test_spp_is_reproducible_and_reads_images(tmp_path: Path) -> None:
     assert first[0] == 0
     assert "nf_resnet26: 9 points, 2 examples" in first[1]
     assert run("spp", "nf_resnet26", *SMALL, "--input", tmp_path) == first
-    code, out, err = run("spp", "nf_resnet26", *SMALL, "--input", tmp_path, "--batches", "2")
+    _, out, err = run("spp", "nf_resnet26", *SMALL, "--input", tmp_path, "--batches", "2")
     assert "9 points, 3 examples" in out
     assert "note: 1 of 4 files skipped" in out
     assert "nf_resnet26: batch 2" in err
