@@ -132,8 +132,9 @@ def _scale(axis: Axes, signals: Sequence[SignalPropagation], statistic: str) -> 
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if positive and max(positive) > _LOG_RANGE * min(positive):
         axis.set_yscale("log")
-        # what is zero up to rounding must not stretch the axis over thirty decades
-        axis.set_ylim(bottom=max(min(positive) / 2.0, max(positive) * 1e-9))
+        # a mean that is zero up to rounding must not stretch the axis over thirty decades
+        floor = 1e-9 if statistic == "avg_channel_squared_mean" else 0.0
+        axis.set_ylim(bottom=max(min(positive) / 2.0, max(positive) * floor))
     elif positive:
         axis.set_ylim(bottom=0.0, top=1.08 * max(positive))
     elif not values or all(not math.isfinite(value) for value in values):
