@@ -2,9 +2,11 @@
 
 from ._version import __version__
 from .activation import activation_names
+from .agc import AdaptiveGradientClipping, adaptive_gradient_clip_
 from .cost import ModelCost, model_cost
 from .gain import gain
 from .layers import (
+    EfficientChannelAttention,
     ScaledConv2d,
     SqueezeExcite,
     StochasticDepth,
@@ -16,11 +18,26 @@ from .layers import (
     WSConvTranspose3d,
     WSLinear,
 )
-from .models import batchnorm_twin, create_model, list_models
+from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
 from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
+from .weights import (
+    CheckpointError,
+    from_pretrained,
+    from_timm,
+    load_haiku,
+    load_timm,
+    load_weights,
+    push_to_hub,
+    save_pretrained,
+    save_weights,
+)
 
 __all__ = [
+    "AdaptiveGradientClipping",
+    "CheckpointError",
+    "DataConfig",
+    "EfficientChannelAttention",
     "ModelCost",
     "ScaledConv2d",
     "SignalPoint",
@@ -36,12 +53,22 @@ __all__ = [
     "WSLinear",
     "__version__",
     "activation_names",
+    "adaptive_gradient_clip_",
     "batchnorm_twin",
     "create_model",
+    "data_config",
+    "from_pretrained",
+    "from_timm",
     "gain",
     "list_models",
+    "load_haiku",
+    "load_timm",
+    "load_weights",
     "model_cost",
     "plot_signals",
+    "push_to_hub",
+    "save_pretrained",
+    "save_weights",
     "spp",
     "standardize_weight",
 ]
