@@ -304,6 +304,19 @@ def test_scalars_in_the_weights_do_not_hide_the_branch(name: str, skip_gain: flo
     assert nf.spp(model, inputs).points[1].residual_avg_channel_variance == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["nf_seresnet26", "nf_regnet_b0"])
+def test_the_doubling_of_a_gate_belongs_to_the_branch(name: str) -> None:
+    theirs, inputs = timm_model(name).eval(), torch.randn(2, 3, 64, 64)
+    for parameter in theirs.parameters():
+        if parameter.ndim <= 1 or parameter.shape[1:].numel() == 1:
+            nn.init.normal_(parameter, 1.0, 0.1)
+    ours = nf.from_timm(theirs.state_dict())
+    for a, b in zip(nf.spp(ours, inputs).points, nf.spp(theirs, inputs).points, strict=True):
+        assert a.avg_channel_variance == pytest.approx(b.avg_channel_variance, rel=1e-4)
+        if a.residual_avg_channel_variance is not None:
+            assert a.residual_avg_channel_variance == pytest.approx(b.residual_avg_channel_variance, rel=1e-4)
+
+
 class Functional(nn.Module):
     """No submodules at all, and a loop over weights."""
 

@@ -287,8 +287,11 @@ class Trace(TorchDispatchMode):
             if func in _SHIFTS:
                 return node, 1.0
             if func in _DIVISIONS:
-                return (node, 1.0 / value) if operand is args[0] and value != 0.0 else None
-            return node, value
+                if operand is args[1] or value == 0.0:
+                    continue
+                value = 1.0 / value
+            # a constant above 1 amplifies, as the doubling of a gate does: it belongs to the branch
+            return None if abs(value) > 1.0 and not isinstance(other, Tensor) else (node, value)
         return None
 
     def _before_scaling(self, func: Any, args: Any) -> ChannelMoments | None:
