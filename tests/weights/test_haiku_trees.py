@@ -141,13 +141,66 @@ def test_every_form_of_file(form: Callable, tmp_path) -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", range(6))
 def test_a_pickled_tree_of_arrays_is_read_without_executing_it(protocol: int, tmp_path) -> None:
     path = tmp_path / "F0_haiku.npz"
     path.write_bytes(pickle.dumps(small_tree(), protocol=protocol))
     expected = snapshot(nf.load_haiku(small_model(), small_tree()))
     got = snapshot(nf.load_haiku(small_model(), path))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def pickled_array(*arguments: object, dtype_state: tuple | None = None, dtype: str = "f4") -> bytes:
+    """A pickle of {"w": numpy.ndarray(*arguments, dtype)}, the state of whose data type is set to anything."""
+
+    class DataType:
+        def __reduce__(self):
+            return (np.dtype, (dtype,)) if dtype_state is None else (np.dtype, (dtype,), dtype_state)
+
+    class Array:
+        def __reduce__(self):
+            return np.ndarray, (arguments[0], DataType(), *arguments[1:])
+
+    return pickle.dumps({"w": Array()}, protocol=4)
+
+
+def altered_function() -> bytes:
+    """A pickle that sets the defaults of a function that it is allowed to name."""
+    name = pickle.SHORT_BINUNICODE + b"\x0adill._dill" + pickle.SHORT_BINUNICODE + b"\x0d_create_array"
+    state = (
+        pickle.NONE + pickle.EMPTY_DICT + pickle.SHORT_BINUNICODE + b"\x0c__defaults__" + pickle.NONE + pickle.SETITEM
+    )
+    return pickle.PROTO + b"\x04" + name + pickle.STACK_GLOBAL + state + pickle.TUPLE2 + pickle.BUILD + pickle.STOP
+
+
+def nested_in_itself() -> bytes:
+    tree: dict = {}
+    tree["NF_ResNet"] = tree
+    return pickle.dumps(tree)
+
+
+OBJECT_FIELD = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)  # flags 0: "there are no objects in here"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickled_array((1,), b"\x41" * 8, dtype="O"),  # bytes as pointers
+        pickled_array((1,), b"\x41" * 8, dtype="V8", dtype_state=OBJECT_FIELD),
+        pickled_array((1,), b"\x41" * 4, dtype_state=(3, "|", (np.dtype("O"), (1,)), None, None, 8, 1, 0)),
+        pickled_array((10**12,)),  # terabytes
+        altered_function(),
+        nested_in_itself(),
+        pickle.dumps([np.zeros(3)]),
+        pickle.dumps({"w": [1.0, 2.0]}),
+        pickle.dumps({3: np.zeros(3)}),
+        pickle.dumps({"w": np.array([None])}),
+    ],
+)
+def test_a_hostile_pickle_is_refused(content: bytes, tmp_path) -> None:
+    (tmp_path / "F0_haiku.npz").write_bytes(content)
+    with pytest.raises(nf.CheckpointError, match=r"F0_haiku\.npz"):
+        nf.load_haiku(small_model(), tmp_path / "F0_haiku.npz")
 
 
 class Executed:
