@@ -52,10 +52,12 @@ def test_bad_descriptions(description: str, message: str) -> None:
     ("text", "message"),
     [("def f(:\n", "line 1: SyntaxError"), ("x = 1\nraise KeyError('q')\n", "line 2: KeyError: 'q'")],
 )
-def test_files_with_errors_in_them(tmp_path: Path, text: str, message: str) -> None:
+def test_files_with_errors_in_them(tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.py").write_text(text)
-    with pytest.raises(SourceError, match=message):
-        load_model(f"{tmp_path}/bad.py:f")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "bad.py", "bad.py"):
+        with pytest.raises(SourceError, match=message):
+            load_model(f"{path}:f")
 
 
 def test_the_input_size_that_a_model_was_made_for() -> None:

@@ -71,7 +71,9 @@ def _one_line(error: Exception) -> str:
 def models(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'nf_*'.")] = "*",
     cost: Annotated[bool, typer.Option(help="Count parameters and multiply-adds (takes a while for many).")] = False,
-    size: Annotated[int, typer.Option(help="Input height and width that multiply-adds are counted at.")] = 224,
+    size: Annotated[
+        int, typer.Option(min=1, help="Input height and width that multiply-adds are counted at.")
+    ] = 224,
     as_json: AsJson = False,
 ) -> None:
     """List the models, with their BatchNorm twins."""
@@ -156,7 +158,9 @@ def spp(
     input: Annotated[
         str, typer.Option(help="noise, a folder of images, an image, or a Parquet file of images.")
     ] = "noise",
-    size: Annotated[int | None, typer.Option(help="Height and width of the input; by default the model's own.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the input; by default the model's own.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
     batches: Annotated[int, typer.Option(min=1, help="Batches to average over, at most.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,

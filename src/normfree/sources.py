@@ -105,7 +105,7 @@ def _file_module(path: Path) -> Any:
     if not path.is_file():
         raise SourceError(f"there is no file {path}")
     name = f"_normfree_source_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path.absolute())
     if spec is None or spec.loader is None:
         raise SourceError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
@@ -140,7 +140,7 @@ def _line_in(error: Exception, path: Path) -> str:
         return f", line {error.lineno}"
     traceback, line = error.__traceback__, None
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == str(path):
+        if traceback.tb_frame.f_code.co_filename == str(path.absolute()):
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return f", line {line}" if line else ""

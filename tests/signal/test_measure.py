@@ -358,20 +358,26 @@ def test_two_branches_on_one_skip_path() -> None:
 
 
 class AttentionLogits(nn.Module):
-    """q·k + q·relative: an addition of activations that goes into a softmax."""
+    """q·k + q·relative, to all of the scores or in place to a part: an addition that goes into a softmax."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int | None = None) -> None:
         super().__init__()
+        self.first = first
         self.q, self.k, self.relative = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
-        scores = q @ self.k(x).transpose(1, 2) + self.relative(q)
+        scores = q @ self.k(x).transpose(1, 2)
+        if self.first is None:
+            scores = scores + self.relative(q)
+        else:
+            scores[:, self.first :] += self.relative(q)[:, self.first :]
         return x + scores.softmax(dim=-1) @ x
 
 
-def test_attention_logits_are_no_merge() -> None:
-    signal = nf.spp(AttentionLogits(), torch.randn(2, 5, 8))
+@pytest.mark.parametrize("first", [None, 1])
+def test_attention_logits_are_no_merge(first: int | None) -> None:
+    signal = nf.spp(AttentionLogits(first), torch.randn(2, 5, 8))
     assert [point.shape for point in signal.points] == [(2, 5, 8), (2, 5, 8)]
 
 

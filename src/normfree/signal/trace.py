@@ -223,6 +223,8 @@ class Trace(TorchDispatchMode):
         inputs = [(tensor, node) for tensor in tensors_in((args, kwargs)) if (node := self._graph.node(tensor))]
         if not inputs:
             return func(*args, **kwargs)
+        if func is aten.copy_.default and self._graph.node(args[0]) is self._graph.node(args[1]):
+            return func(*args, **kwargs)  # the second half of x[part] += y writes the sum to where it is
         operation = func._schema.name
         merge = None
         if func in _ADDITIONS and not self._layers:
