@@ -112,6 +112,45 @@ def test_timms_optimiser_and_clipping_train_it(timm: ModuleType) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", ["nf_resnet26", "nf_regnet_b0", "resnetv2_26"])
+def test_recomputed_blocks_have_the_same_gradients(name: str, timm: ModuleType) -> None:
+    model = create(timm, name, drop_path_rate=0.5, num_classes=3).train()
+    images = torch.randn(4, 3, 32, 32)
+
+    def gradients(enable: bool) -> list[torch.Tensor]:
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        return list(torch.autograd.grad(model(images).square().sum(), list(model.parameters()), allow_unused=True))
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_recomputed_blocks_keep_less(timm: ModuleType) -> None:
+    model, kept = create(timm, "nf_resnet26", num_classes=3).train(), {}
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            model(torch.randn(2, 3, 64, 64))
+        kept[enable] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
+def test_learning_rates_by_layer(timm: ModuleType) -> None:
+    from timm.optim import param_groups_layer_decay
+
+    model = create(timm, "nf_regnet_b0", num_classes=4)
+    groups = param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    first, last = model.stages[0][0].conv0.weight, model.stages[3][5].conv0.weight
+    order = [model.stem.conv.weight, first, last, model.final_conv.weight, model.head.classifier.weight]
+    scales = [scale[id(parameter)] for parameter in order]
+    assert scales == sorted(scales)
+    assert scales[0] < scales[1] < scales[2] < scales[4] == 1.0
+
+
 def test_options_that_are_not_understood(timm: ModuleType) -> None:
     with pytest.raises(ValueError, match="output_stride"):
         timm.create_model("normfree_nf_resnet26", output_stride=8)

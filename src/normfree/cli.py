@@ -71,9 +71,7 @@ def _one_line(error: Exception) -> str:
 def models(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'nf_*'.")] = "*",
     cost: Annotated[bool, typer.Option(help="Count parameters and multiply-adds (takes a while for many).")] = False,
-    size: Annotated[
-        int, typer.Option(min=1, help="Input height and width that multiply-adds are counted at.")
-    ] = 224,
+    size: Annotated[int, typer.Option(min=1, help="Input height and width that multiply-adds are counted at.")] = 224,
     as_json: AsJson = False,
 ) -> None:
     """List the models, with their BatchNorm twins."""

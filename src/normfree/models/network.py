@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..padding import MaxPool2dSame
 from .data import DataConfig
@@ -203,13 +205,19 @@ class ResidualNetwork(nn.Module):
         self.final_conv = final_conv
         self.head = head
         self.num_features = num_features
+        self.grad_checkpointing = False
         self.info = ModelInfo()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last activation map, (N, num_features, H', W')."""
         if x.ndim != 4:
             raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(x.shape)}")
-        x = self.stages(self.stem(x))
+        x = self.stem(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in self.residual_blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.stages(x)
         return x if self.final_conv is None else self.final_conv(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -230,6 +238,15 @@ class ResidualNetwork(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.head.classifier
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass computes every block again from its input: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong together, as timm's layer-wise learning rates ask for it: by stage or by block."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +44,11 @@ def _read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"checkpoint: {path} is corrupt, or holds pickled objects other than tensors, which are never executed: "
-            f"{_first_line(error)}"
+            f"checkpoint: {path} asks for {asked[1]}, which is no tensor and is never executed"
+            if asked
+            else f"checkpoint: {path} is corrupt, or holds pickled objects other than tensors, which are never executed"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"checkpoint: {path} is truncated or corrupt: {_first_line(error)}") from error
