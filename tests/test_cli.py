@@ -111,6 +111,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(os.listdir()) == ["failing.py"]
 
 
+def test_sizes_are_of_one_pixel_or_more() -> None:
+    for command in (["spp", "nf_resnet26"], ["models"]):
+        code, out, err = run(*command, "--size", "0")
+        assert (code, out) == (2, "")
+        assert "--size" in err
+
+
 def test_help_of_every_command() -> None:
     for command in ("models", "gain", "spp", "reproduce"):
         code, out, _ = run(command, "--help")

@@ -131,7 +131,7 @@ def test_a_folder_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_pushing_uploads_the_same_folder(monkeypatch, tmp_path: Path) -> None:
-    import huggingface_hub
+    from huggingface_hub import hub_mixin
 
     uploaded: dict[str, object] = {}
 
@@ -146,7 +146,7 @@ def test_pushing_uploads_the_same_folder(monkeypatch, tmp_path: Path) -> None:
             uploaded.update(options, repo_id=repo_id, model=nf.from_pretrained(folder_path))
             return "address"
 
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
     saved = model()
     assert nf.push_to_hub(saved, "someone/net", commit_message="first") == "address"
     assert uploaded["repo_id"] == "someone/net"

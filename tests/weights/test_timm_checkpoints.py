@@ -215,5 +215,7 @@ def test_damaged_and_dangerous_files(timm: ModuleType, tmp_path) -> None:
     for name in [*damaged, "dangerous.pth"]:
         with pytest.raises(nf.CheckpointError, match=r"corrupt|never executed"):
             nf.from_timm(tmp_path / name)
+    with pytest.raises(nf.CheckpointError, match=r"dangerous\.pth asks for \S*exec, which is no tensor"):
+        nf.from_timm(tmp_path / "dangerous.pth")
     with pytest.raises(FileNotFoundError, match="absent"):
         nf.from_timm(tmp_path / "absent.pth")
