@@ -5,6 +5,7 @@ from .activation import activation_names
 from .cost import ModelCost, model_cost
 from .gain import gain
 from .layers import (
+    EfficientChannelAttention,
     ScaledConv2d,
     SqueezeExcite,
     StochasticDepth,
@@ -19,8 +20,21 @@ from .layers import (
 from .models import batchnorm_twin, create_model, list_models
 from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
+from .weights import (
+    CheckpointError,
+    from_pretrained,
+    from_timm,
+    load_haiku,
+    load_timm,
+    load_weights,
+    push_to_hub,
+    save_pretrained,
+    save_weights,
+)
 
 __all__ = [
+    "CheckpointError",
+    "EfficientChannelAttention",
     "ModelCost",
     "ScaledConv2d",
     "SignalPoint",
@@ -38,10 +52,18 @@ __all__ = [
     "activation_names",
     "batchnorm_twin",
     "create_model",
+    "from_pretrained",
+    "from_timm",
     "gain",
     "list_models",
+    "load_haiku",
+    "load_timm",
+    "load_weights",
     "model_cost",
     "plot_signals",
+    "push_to_hub",
+    "save_pretrained",
+    "save_weights",
     "spp",
     "standardize_weight",
 ]

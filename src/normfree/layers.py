@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .activation import Activation
 from .gain import GainSource, gain
 from .padding import as_pad_argument, same_padding
-from .standardize import DEFAULT_EPS, Scale, standardize_transposed_weight, standardize_weight
+from .standardize import DEFAULT_EPS, EpsMode, Scale, standardize_transposed_weight, standardize_weight
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -62,6 +62,7 @@ class _StandardizedWeight(_ScaledWeight):
 
     gain: nn.Parameter | None
     eps: float
+    eps_mode: EpsMode = "floor"
     activation_name: str
 
     def _init_standardization(
@@ -75,7 +76,7 @@ class _StandardizedWeight(_ScaledWeight):
             self.gain = nn.Parameter(torch.ones(out, device=self.weight.device, dtype=self.weight.dtype))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
-        return standardize_weight(self.weight, self.gain, scale, self.eps)
+        return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
 
     def _fan_in(self) -> int:
         return self.weight[0].numel()
@@ -191,12 +192,14 @@ class _WSConv(_StandardizedWeight, _Convolution):
         gain_source: GainSource = "exact",
         scale: float = 1.0,
         eps: float = DEFAULT_EPS,
+        eps_mode: EpsMode = "floor",
         learnable_gain: bool = True,
     ):
         self._init_convolution(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._init_standardization(out_channels, activation, gain_source, scale, eps, learnable_gain)
+        self.eps_mode = eps_mode
 
 
 _WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Brock et al. 2021, section 4.2).
@@ -211,6 +214,7 @@ _WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Broc
         gain_source: ``"exact"`` or ``"published"`` γ, see :func:`normfree.gain`.
         scale: a further scalar in front of the layer.
         eps: lower bound on fan-in · variance of an output channel's weights.
+        eps_mode: ``"added"`` adds ``eps`` to the variance instead, as timm does.
         learnable_gain: one learnable factor per output channel; False leaves it out.
 
     Shape:
@@ -402,16 +406,17 @@ class SqueezeExcite(nn.Module):
         channels: of the input and the output.
         ratio: hidden width = max(1, int(channels · ratio)).
         scale: factor on the gate.
+        hidden: the hidden width itself, in place of the ratio.
 
     Shape:
         (N, channels, *size) to the same.
     """
 
-    def __init__(self, channels: int, ratio: float = 0.25, scale: float = 2.0):
+    def __init__(self, channels: int, ratio: float = 0.25, scale: float = 2.0, hidden: int | None = None):
         super().__init__()
         if not ratio > 0:
             raise ValueError(f"ratio: expected a positive number, got {ratio}")
-        hidden = max(1, int(channels * ratio))
+        hidden = max(1, int(channels * ratio)) if hidden is None else hidden
         self.scale = scale
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
@@ -423,6 +428,34 @@ class SqueezeExcite(nn.Module):
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         spatial = tuple(range(2, input.ndim))
         gate = torch.sigmoid(self.expand(F.relu(self.reduce(input.mean(dim=spatial)))))
+        scale = self.scale if output_scale is None else output_scale * self.scale
+        return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
+
+
+class EfficientChannelAttention(nn.Module):
+    """Efficient channel attention (Wang et al. 2020) whose tiny gate carries every scalar.
+
+    The gate is mean over space, a 1-D convolution along the channels, sigmoid; in normaliser-free networks it is
+    doubled, as that of :class:`SqueezeExcite`.
+
+    Args:
+        channels: of the input and the output; the kernel has about (log2(channels) + 1) / 2 taps, odd, at least 3.
+        scale: factor on the gate.
+
+    Shape:
+        (N, channels, *size) to the same.
+    """
+
+    def __init__(self, channels: int, scale: float = 2.0):
+        super().__init__()
+        taps = int((math.log2(channels) + 1.0) / 2.0)
+        kernel_size = max(taps if taps % 2 else taps + 1, 3)
+        self.scale = scale
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
+        spatial = tuple(range(2, input.ndim))
+        gate = torch.sigmoid(self.conv(input.mean(dim=spatial).unsqueeze(1)).squeeze(1))
         scale = self.scale if output_scale is None else output_scale * self.scale
         return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
 
@@ -466,6 +499,7 @@ class StochasticDepth(nn.Module):
 
 
 __all__ = [
+    "EfficientChannelAttention",
     "ScaledConv2d",
     "SqueezeExcite",
     "StochasticDepth",

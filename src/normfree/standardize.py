@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,16 @@ Scale = float | Tensor
 
 DEFAULT_EPS = 1e-4
 
+EpsMode = Literal["floor", "added"]
+"""How ``eps`` guards the division by the fan-in N times the variance: max(N · var, eps), or N · (var + eps)."""
+
 
 def standardize_weight(
-    weight: Tensor, gain: Tensor | None = None, scale: Scale = 1.0, eps: float = DEFAULT_EPS
+    weight: Tensor,
+    gain: Tensor | None = None,
+    scale: Scale = 1.0,
+    eps: float = DEFAULT_EPS,
+    eps_mode: EpsMode = "floor",
 ) -> Tensor:
     """Ŵ_i = gain_i · scale · (W_i − mean(W_i)) / sqrt(max(N · var(W_i), eps)) for each output unit i of fan-in N.
 
@@ -27,6 +35,7 @@ def standardize_weight(
         gain: (out,), one learnable factor per output unit; None for 1.
         scale: γ and any other scalar that the weight carries.
         eps: lower bound on N · var(W_i), which keeps a constant row finite.
+        eps_mode: ``"floor"`` as above, or ``"added"`` for sqrt(N · (var(W_i) + eps)), timm's rule.
 
     Returns:
         Ŵ, with the shape and the dtype of ``weight``.
@@ -40,7 +49,8 @@ def standardize_weight(
     rows = _at_least_float32(weight).flatten(1)
     centred = rows - rows.mean(dim=1, keepdim=True)
     sum_of_squares = centred.square().sum(dim=1, keepdim=True)  # N · var
-    factor = sum_of_squares.clamp(min=eps).rsqrt() * scale
+    guarded = sum_of_squares.clamp(min=eps) if eps_mode == "floor" else sum_of_squares + rows.shape[1] * eps
+    factor = guarded.rsqrt() * scale
     if gain is not None:
         factor = factor * gain.unsqueeze(1)
     return (centred * factor).reshape(weight.shape).to(weight.dtype)

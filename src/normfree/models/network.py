@@ -9,10 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..padding import MaxPool2dSame
+from .data_config import DataConfig
 
 Padding = Literal["symmetric", "same"]
 Shortcut = Literal["strided", "avgpool"]
 Stem = Literal["imagenet", "small"]
+AttentionPosition = Literal["end", "middle"]
 Convolution = Callable[..., nn.Module]
 
 
@@ -62,6 +64,17 @@ def expected_stds(plans: Sequence[BlockPlan], alpha: float) -> Iterator[float]:
     for plan in plans:
         yield variance**0.5
         variance = (1.0 if plan.first_in_stage else variance) + alpha**2
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """``channels`` times ``width``, rounded down, at least 1.
+
+    Raises:
+        ValueError: ``width`` is not positive.
+    """
+    if not width > 0:
+        raise ValueError(f"width: expected a positive multiplier, got {width}")
+    return max(1, int(channels * width + 1e-6))  # 48 · (0.5 / 0.75) · 0.75 is 24, not 23.999…
 
 
 def conv_padding(kernel_size: int, padding: Padding) -> int | str:
@@ -165,27 +178,38 @@ class ModelInfo:
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     batchnorm_twin: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 class ResidualNetwork(nn.Module):
-    """Stem, stages of residual blocks, head: (N, in_channels, H, W) to (N, num_classes).
+    """Stem, stages of residual blocks, in some families a last 1×1 convolution, head.
 
-    ``stages[i][j]`` is block j of stage i. The methods are those that timm's models have.
+    (N, in_channels, H, W) to (N, num_classes). ``stages[i][j]`` is block j of stage i. The methods are those that
+    timm's models have.
     """
 
-    def __init__(self, stem: nn.Module, stages: Sequence[Sequence[nn.Module]], head: Head, num_features: int):
+    def __init__(
+        self,
+        stem: nn.Sequential,
+        stages: Sequence[Sequence[nn.Module]],
+        head: Head,
+        num_features: int,
+        final_conv: nn.Module | None = None,
+    ):
         super().__init__()
         self.stem = stem
         self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        self.final_conv = final_conv
         self.head = head
         self.num_features = num_features
         self.info = ModelInfo()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last activation map, (N, C, H', W')."""
+        """The last activation map, (N, num_features, H', W')."""
         if x.ndim != 4:
             raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(x.shape)}")
-        return self.stages(self.stem(x))
+        x = self.stages(self.stem(x))
+        return x if self.final_conv is None else self.final_conv(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (N, num_classes), or pooled features (N, C) if ``pre_logits``."""
@@ -195,14 +219,45 @@ class ResidualNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @property
+    def residual_blocks(self) -> list[Any]:
+        """Every block, in order of execution."""
+        return [block for stage in self.stages.children() for block in stage.children()]
+
+    @property
     def num_classes(self) -> int:
         return getattr(self.head.classifier, "out_features", 0)
 
     def get_classifier(self) -> nn.Module:
         return self.head.classifier
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for other classes; 0 leaves the pooled features as the output."""
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Where feature maps can be tapped, as timm describes it: channels, reduction of the size, module path."""
+        reduction: int = 1
+        taps: list[dict[str, Any]] = []
+        for name, layer in self.stem.named_children():
+            stride: Any = getattr(layer, "stride", 1)
+            reduction *= stride if isinstance(stride, int) else stride[0]
+            if isinstance(layer, nn.Conv2d) and reduction <= 2:  # the last one of these counts
+                taps = [{"num_chs": layer.out_channels, "reduction": reduction, "module": f"stem.{name}"}]
+        for name, stage in self.stages.named_children():
+            reduction *= stage[0].conv1.stride[0]  # type: ignore[index, union-attr]
+            channels = stage[-1].conv2.out_channels  # type: ignore[index, union-attr]
+            taps.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{name}"})
+        if self.final_conv is not None:
+            taps[-1] = {"num_chs": self.num_features, "reduction": reduction, "module": "final_conv"}
+        return taps
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for other classes; 0 leaves the pooled features as the output.
+
+        Raises:
+            ValueError: negative ``num_classes``, or a ``global_pool`` other than the average.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool: expected None or 'avg', got {global_pool!r}")
         reference = next(self.parameters())
         classifier = self.head.new_classifier(self.num_features, num_classes)
         self.head.classifier = classifier.to(reference.device, reference.dtype)
+        if self.info.options:
+            self.info.options["num_classes"] = num_classes

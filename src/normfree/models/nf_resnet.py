@@ -6,10 +6,11 @@ from functools import partial
 from typing import Literal
 
 from ..activation import Activation, activation_module
-from ..gain import GainSource, gain
-from ..layers import ScaledConv2d, WSConv2d
-from .network import BlockPlan, Convolution, Head, Padding, ResidualNetwork, Shortcut, Stem, build_stem, expected_stds
-from .nf_block import NFBlock
+from ..gain import GainSource
+from ..layers import ScaledConv2d
+from ..standardize import EpsMode
+from .network import BlockPlan, Head, Padding, ResidualNetwork, Shortcut, Stem, build_stem, expected_stds
+from .nf_block import GammaPlacement, NFBlock, NFConvolutions, nf_channel_attention, nf_convolutions
 from .registry import ModelEntry
 from .resnet_layout import DEPTHS, SE_KINDS, assemble, bottleneck_width, stage_plans, stem_width
 
@@ -28,41 +29,42 @@ def nf_resnet(
     drop_rate: float = 0.0,
     stochastic_depth_rate: float = 0.0,
     gain_source: GainSource = "exact",
+    gamma_placement: GammaPlacement = "activation",
+    eps_mode: EpsMode = "floor",
     padding: Padding = "symmetric",
     shortcut: Shortcut = "strided",
     stem: Stem = "imagenet",
     se_ratio: float = 0.0,
+    eca: bool = False,
     weights: Weights = "standardized",
 ) -> ResidualNetwork:
     """NF-ResNet. ``weights="he"`` replaces standardized weights by plain He-initialised ones, the paper's foil."""
-    standardized = weights == "standardized"
-    gamma = gain(activation, gain_source) if standardized else 1.0
-    stem_conv: Convolution = partial(WSConv2d, activation=None) if standardized else ScaledConv2d
-    conv: Convolution = ScaledConv2d
-    if standardized:
-        conv = partial(WSConv2d, activation=activation, gain_source=gain_source)
+    convs = NFConvolutions(ScaledConv2d, ScaledConv2d, 1.0)
+    if weights == "standardized":
+        convs = nf_convolutions(activation, gain_source, eps_mode, gamma_placement)
+    attention = nf_channel_attention(se_ratio, eca)
     plans = [plan for stage in stage_plans(depth, width) for plan in stage]
     betas = list(expected_stds(plans, alpha))
 
     def make_block(plan: BlockPlan) -> NFBlock:
         return NFBlock(
             plan,
-            conv,
+            convs.activated,
             bottleneck_width(plan),
             activation,
             alpha,
             betas[plan.index],
             skip_gain,
-            se_ratio=se_ratio,
+            channel_attention=attention,
             stochastic_depth_rate=stochastic_depth_rate,
             padding=padding,
             shortcut=shortcut,
         )
 
     def make_head(features: int) -> Head:
-        return Head(activation_module(activation, inplace=True), features, num_classes, drop_rate, pooled_scale=gamma)
+        return Head(activation_module(activation), features, num_classes, drop_rate, convs.pooled_scale)
 
-    stem_layers = build_stem(stem_conv, in_channels, stem_width(width), stem, padding)
+    stem_layers = build_stem(convs.raw, in_channels, stem_width(width), stem, padding)
     return assemble(depth, width, stem_layers, make_block, make_head)
 
 
@@ -74,4 +76,6 @@ MODELS = {
     )
     for kind, se_ratio in SE_KINDS.items()
     for depth in DEPTHS
+} | {
+    f"nf_ecaresnet{depth}": ModelEntry(partial(nf_resnet, depth, eca=True), f"NF-ECAResNet-{depth}") for depth in DEPTHS
 }

@@ -7,23 +7,26 @@ import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from .data_config import DataConfig
 
 if TYPE_CHECKING:
     from .network import ResidualNetwork
 
-_FAMILIES = ("nf_resnet", "resnetv2", "resnetv1", "skipinit_resnet", "fixup_resnet")
+_FAMILIES = ("nf_resnet", "nf_regnet", "nfnet", "resnetv2", "resnetv1", "bn_regnet", "skipinit_resnet", "fixup_resnet")
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One name of the registry: how to build it, what it is, and its BatchNorm counterpart."""
+    """One name of the registry: how to build it, what it is, its BatchNorm counterpart, and its images."""
 
     build: Callable[..., ResidualNetwork]
     description: str
     batchnorm_twin: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
     def defaults(self) -> dict[str, Any]:
         """Every option with its default."""
@@ -72,13 +75,17 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
         options: what the family takes, of
 
             * ``in_channels`` (3), ``width`` (1.0: multiplies every channel count of the table),
-            * ``activation`` (``"relu"``: name, module or callable), ``drop_rate`` (0.0: dropout on the pooled
-              features), ``stochastic_depth_rate`` (0.0: of the last block; growing linearly from 0 at the first),
+            * ``activation`` (name, module or callable), ``drop_rate`` (dropout on the pooled features),
+              ``stochastic_depth_rate`` (0.0: of the last block; growing linearly from 0 at the first),
             * ``padding`` (``"symmetric"``, or ``"same"`` as TensorFlow pads), ``shortcut`` (``"strided"`` 1×1, or
               ``"avgpool"`` before a 1×1), ``stem`` (``"imagenet"``, or ``"small"``: 3×3 without stride or pooling),
             * normaliser-free: ``alpha`` (0.2), ``skip_gain`` (start value), ``gain_source`` (``"exact"``, or
               ``"published"`` for checkpoints trained elsewhere), ``weights`` (``"standardized"`` or ``"he"``),
-            * ``se_ratio`` (0: no squeeze-and-excitation), ``order`` of ResNetV2 (``"bn_relu"`` or ``"relu_bn"``).
+              ``gamma_placement`` (``"activation"``: γ behind every activation, or ``"weight"``: in every convolution)
+              and ``eps_mode`` (``"floor"`` or ``"added"``), both of which imported checkpoints set,
+            * ``se_ratio`` (0: no squeeze-and-excitation), ``eca`` (False: efficient channel attention instead),
+              ``order`` of ResNetV2 (``"bn_relu"`` or ``"relu_bn"``),
+            * RegNets: ``channel_multiple`` (1: exact widths, or 8: rounded as timm's); NFNets: ``stem_width`` (128).
 
     Returns:
         The model, in training mode; ``model.info`` says how to make it again.
@@ -98,6 +105,7 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     model.info.name = name
     model.info.options = {**defaults, "num_classes": num_classes, **options}
     model.info.batchnorm_twin = entry.batchnorm_twin
+    model.info.data = entry.data
     return model
 
 
@@ -107,5 +115,7 @@ def _check_choice(build: Callable[..., Any], option: str, value: Any) -> None:
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{option}: expected one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"{option}: expected True or False, got {value!r}")
     if hint in (int, float) and not is_number:
         raise ValueError(f"{option}: expected a number, got {value!r}")

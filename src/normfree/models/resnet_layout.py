@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .network import BlockPlan, Head, ResidualNetwork, plan_stages
+from .network import BlockPlan, Head, ResidualNetwork, plan_stages, scaled_channels
 
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
     26: (2, 2, 2, 2),
@@ -29,14 +29,14 @@ SE_KINDS = {"": 0.0, "se": 0.25}
 
 def stem_width(width: float) -> int:
     """Channels after the stem of a network ``width`` times as wide as the table."""
-    if not width > 0:
-        raise ValueError(f"width: expected a positive multiplier, got {width}")
-    return max(1, int(STEM_WIDTH * width))
+    return scaled_channels(STEM_WIDTH, width)
 
 
 def stage_plans(depth: int, width: float) -> list[list[BlockPlan]]:
     """The blocks of ResNet-``depth``, stage by stage."""
-    return plan_stages(stem_width(width), [int(channels * width) for channels in WIDTHS], DEPTHS[depth], STRIDES)
+    return plan_stages(
+        stem_width(width), [scaled_channels(channels, width) for channels in WIDTHS], DEPTHS[depth], STRIDES
+    )
 
 
 def bottleneck_width(plan: BlockPlan) -> int:
@@ -47,7 +47,7 @@ def bottleneck_width(plan: BlockPlan) -> int:
 def assemble(
     depth: int,
     width: float,
-    stem: nn.Module,
+    stem: nn.Sequential,
     make_block: Callable[[BlockPlan], nn.Module],
     make_head: Callable[[int], Head],
 ) -> ResidualNetwork:

@@ -43,7 +43,7 @@ def skipinit_resnet(
         )
 
     def make_head(features: int) -> Head:
-        return Head(activation_module(activation, inplace=True), features, num_classes, drop_rate)
+        return Head(activation_module(activation), features, num_classes, drop_rate)
 
     stem_layers = build_stem(partial(ScaledConv2d, bias=False), in_channels, stem_width(width), stem, padding)
     return assemble(depth, width, stem_layers, make_block, make_head)
