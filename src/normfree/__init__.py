@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .activation import activation_names
+from .agc import AdaptiveGradientClipping, adaptive_gradient_clip_
 from .cost import ModelCost, model_cost
 from .gain import gain
 from .layers import (
@@ -33,6 +34,7 @@ from .weights import (
 )
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "CheckpointError",
     "EfficientChannelAttention",
     "ModelCost",
@@ -50,6 +52,7 @@ __all__ = [
     "WSLinear",
     "__version__",
     "activation_names",
+    "adaptive_gradient_clip_",
     "batchnorm_twin",
     "create_model",
     "from_pretrained",

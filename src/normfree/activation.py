@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import re
 from collections.abc import Callable
@@ -40,6 +41,19 @@ _MODULES: dict[str, Callable[..., nn.Module]] = {
     "hardtanh": nn.Hardtanh,
     "threshold": nn.Threshold,
 }
+_NUMBERS = {
+    "leaky_relu": 1,
+    "prelu": 1,
+    "elu": 1,
+    "celu": 1,
+    "softplus": 2,
+    "softshrink": 1,
+    "hardshrink": 1,
+    "hardtanh": 2,
+    "threshold": 2,
+}
+"""How many numbers may follow a name; what torch's modules take beyond those (``inplace``, say) is no number."""
+
 _ALIASES = {
     "linear": "identity",
     "none": "identity",
@@ -50,7 +64,7 @@ _ALIASES = {
     "hard_sigmoid": "hardsigmoid",
     "hard_tanh": "hardtanh",
 }
-_CALL = re.compile(r"^\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:\((.*)\))?\s*$")
+_CALL = re.compile(r"^\s*([A-Za-z_][A-Za-z0-9_-]*)\s*(?:\((.*)\))?\s*$")
 
 
 class ElementwiseFunction(nn.Module):
@@ -92,8 +106,9 @@ def activation_module(activation: Activation, inplace: bool = False) -> nn.Modul
 
     Args:
         activation: a name, optionally with positional arguments as in ``"leaky_relu(0.2)"``; a module, which is
-            returned as it is; a callable, which is wrapped; None for the identity.
-        inplace: overwrite the input. Done only for ReLU, whose gradient needs nothing but its output.
+            returned as it is, or as a copy that leaves its input alone where it would overwrite one that it must
+            not; a callable, which is wrapped; None for the identity.
+        inplace: the input may be overwritten. Of the names only ReLU does, whose gradient needs nothing but its output.
 
     Raises:
         ValueError: unknown name or arguments that it does not take.
@@ -102,11 +117,13 @@ def activation_module(activation: Activation, inplace: bool = False) -> nn.Modul
     if activation is None:
         return nn.Identity()
     if isinstance(activation, nn.Module):
-        return activation
+        return activation if inplace else _without_overwriting(activation)
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         return activation()
     if isinstance(activation, str):
         name, arguments = _parse(activation)
+        if len(arguments) > _NUMBERS.get(name, 0):
+            raise ValueError(f"activation: {name} takes at most {_NUMBERS.get(name, 0)} numbers, got {activation!r}")
         if inplace and name == "relu":
             return nn.ReLU(inplace=True)
         try:
@@ -116,6 +133,16 @@ def activation_module(activation: Activation, inplace: bool = False) -> nn.Modul
     if callable(activation):
         return ElementwiseFunction(cast(Callable[[torch.Tensor], torch.Tensor], activation))
     raise TypeError(f"activation: expected a name, a module, a callable or None, got {type(activation).__name__}")
+
+
+def _without_overwriting(module: nn.Module) -> nn.Module:
+    if not any(getattr(part, "inplace", False) for part in module.modules()):
+        return module
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            setattr(part, "inplace", False)  # noqa: B010 - mypy takes a module's attributes for tensors or modules
+    return module
 
 
 def _parse(description: str) -> tuple[str, tuple[float, ...]]:

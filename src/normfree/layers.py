@@ -15,8 +15,9 @@ also what lets :func:`normfree.spp` report a residual branch before α and the s
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +75,21 @@ class _StandardizedWeight(_ScaledWeight):
         self.gain = None
         if learnable_gain:
             self.gain = nn.Parameter(torch.ones(out, device=self.weight.device, dtype=self.weight.dtype))
+        if self._smallest_fan_in() == 1:
+            warnings.warn(
+                f"{type(self).__name__}: an output unit has a fan-in of 1, and a single standardized weight is 0; "
+                "use a plain layer here",
+                stacklevel=4,
+            )
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
 
     def _fan_in(self) -> int:
         return self.weight[0].numel()
+
+    def _smallest_fan_in(self) -> int:
+        return self._fan_in()
 
     def reset_parameters(self) -> None:
         """Weights from N(0, 1 / fan-in), gains 1, bias 0."""
@@ -142,6 +152,8 @@ class ScaledConv2d(_Convolution, nn.Conv2d):
 
     Args:
         scale: what stands in front of it.
+        reads: what the weights are initialised for, ``"relu"`` (variance 2 / fan-in) or ``"linear"`` (1 / fan-in), an
+            input of unit variance.
         (the others): as ``nn.Conv2d``; ``padding="same"`` also with a stride.
     """
 
@@ -160,15 +172,17 @@ class ScaledConv2d(_Convolution, nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         scale: float = 1.0,
+        reads: Literal["relu", "linear"] = "relu",
     ):
+        self._reads = reads
         self._init_convolution(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self.weight_scale = scale
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, 2 / fan-in), bias 0."""
-        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        """Weights from N(0, 2 / fan-in) or N(0, 1 / fan-in), bias 0."""
+        nn.init.kaiming_normal_(self.weight, nonlinearity=self._reads)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -270,7 +284,7 @@ class _WSConvTranspose(_StandardizedWeight):
     ):
         if isinstance(padding, str) and padding != "same":
             raise ValueError(f"padding: expected numbers or 'same', got {padding!r}")
-        if padding == "same" and output_padding not in (0, (0,) * len(self._tuple(kernel_size))):
+        if padding == "same" and any(self._tuple(output_padding)):
             raise ValueError("output_padding: padding='same' fixes the output size, so it must be 0")
         init = cast(Callable[..., None], super().__init__)
         init(
@@ -303,6 +317,12 @@ class _WSConvTranspose(_StandardizedWeight):
     def _fan_in(self) -> int:
         taps = math.prod(self.kernel_size) / math.prod(self.stride)
         return max(1, round(self.in_channels // self.groups * taps))
+
+    def _smallest_fan_in(self) -> int:
+        # with a common divisor of stride and dilation, only every so many-th phase has taps, and more of them
+        steps = [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+        fewest = [max(1, taps // step) for taps, step in zip(self.kernel_size, steps, strict=True)]
+        return self.in_channels // self.groups * math.prod(fewest)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
@@ -427,7 +447,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         spatial = tuple(range(2, input.ndim))
-        gate = torch.sigmoid(self.expand(F.relu(self.reduce(input.mean(dim=spatial)))))
+        pooled = input.mean(dim=spatial) if spatial else input  # torch takes no axis for all of them
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(pooled))))
         scale = self.scale if output_scale is None else output_scale * self.scale
         return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
 
@@ -455,7 +476,8 @@ class EfficientChannelAttention(nn.Module):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         spatial = tuple(range(2, input.ndim))
-        gate = torch.sigmoid(self.conv(input.mean(dim=spatial).unsqueeze(1)).squeeze(1))
+        pooled = input.mean(dim=spatial) if spatial else input  # torch takes no axis for all of them
+        gate = torch.sigmoid(self.conv(pooled.unsqueeze(1)).squeeze(1))
         scale = self.scale if output_scale is None else output_scale * self.scale
         return input * (gate * scale).reshape(gate.shape + (1,) * len(spatial))
 
@@ -486,11 +508,12 @@ class StochasticDepth(nn.Module):
         if not self.batch_independent or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
             keep = torch.rand(input.shape[0], device=input.device) >= self.rate
             return branch(input) * keep.to(input.dtype).reshape(-1, *(1,) * (input.ndim - 1)) + shortcut
-        kept = (torch.rand(input.shape[0]) >= self.rate).nonzero().squeeze(1)  # drawn on the CPU: no device wait
+        # drawn on the CPU: no device wait
+        kept = (torch.rand(input.shape[0], device="cpu") >= self.rate).nonzero().squeeze(1)
         if len(kept) == input.shape[0]:
             return branch(input) + shortcut
-        if len(kept) == 0:
-            return shortcut
+        # the branch runs also when none is kept: its parameters then have gradient 0, not none, as optimisers and
+        # distributed training expect
         kept = kept.to(input.device)
         return shortcut.index_add(0, kept, branch(input.index_select(0, kept)).to(shortcut.dtype))
 

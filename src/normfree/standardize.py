@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,7 +33,7 @@ def standardize_weight(
 
     Args:
         weight: (out, *fan_in), at least two axes. Half-precision weights are standardized in float32.
-        gain: (out,), one learnable factor per output unit; None for 1.
+        gain: (out,) or (out, 1, ...), one learnable factor per output unit; None for 1.
         scale: γ and any other scalar that the weight carries.
         eps: lower bound on N · var(W_i), which keeps a constant row finite.
         eps_mode: ``"floor"`` as above, or ``"added"`` for sqrt(N · (var(W_i) + eps)), timm's rule.
@@ -52,7 +53,7 @@ def standardize_weight(
     guarded = sum_of_squares.clamp(min=eps) if eps_mode == "floor" else sum_of_squares + rows.shape[1] * eps
     factor = guarded.rsqrt() * scale
     if gain is not None:
-        factor = factor * gain.unsqueeze(1)
+        factor = factor * gain.reshape(-1, 1)
     return (centred * factor).reshape(weight.shape).to(weight.dtype)
 
 
@@ -95,27 +96,31 @@ def standardize_transposed_weight(
     kernel = weight.shape[2:]
     # (groups, in / groups, out / groups, taps)
     taps = _at_least_float32(weight).reshape(groups, weight.shape[0] // groups, per_group, -1)
-    phase = _phase_of_taps(kernel, stride or (1,) * len(kernel), dilation or (1,) * len(kernel))
-    member = torch.tensor(  # (taps, phases): 1 where the tap belongs to the phase
-        [[float(own == other) for other in range(max(phase) + 1)] for own in phase],
-        dtype=taps.dtype,
-        device=taps.device,
-    )
+    stride, dilation = stride or (1,) * len(kernel), dilation or (1,) * len(kernel)
+    phase = _phase_of_taps(kernel, stride, dilation, taps.device)
+    is_member = phase.unsqueeze(1) == torch.arange(math.prod(stride), device=taps.device)  # (taps, phases)
+    member = is_member.to(taps.dtype)
+
+    def sum_within_phase(values: Tensor) -> Tensor:  # (..., taps) to (..., phases)
+        return (values.unsqueeze(-1) * member).sum(dim=-2)  # a matrix product would lose precision under autocast
+
     fan_in = (taps.shape[1] * member.sum(dim=0)).clamp(min=1.0)
-    mean = taps.sum(dim=1) @ member / fan_in  # (groups, out / groups, phases)
-    centred = taps - (mean @ member.T).unsqueeze(1)
-    sum_of_squares = centred.square().sum(dim=1) @ member
+    mean = sum_within_phase(taps.sum(dim=1)) / fan_in  # (groups, out / groups, phases)
+    centred = taps - mean.index_select(-1, phase).unsqueeze(1)
+    sum_of_squares = sum_within_phase(centred.square().sum(dim=1))
     factor = sum_of_squares.clamp(min=eps).rsqrt() * scale
     if gain is not None:
         factor = factor * gain.reshape(groups, per_group, 1)
-    return (centred * (factor @ member.T).unsqueeze(1)).reshape(weight.shape).to(weight.dtype)
+    return (centred * factor.index_select(-1, phase).unsqueeze(1)).reshape(weight.shape).to(weight.dtype)
 
 
-def _phase_of_taps(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def _phase_of_taps(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], device: torch.device
+) -> Tensor:
     """For every kernel tap, in storage order, the number of the output phase that it contributes to."""
-    phase = [0]
+    phase = torch.zeros(1, dtype=torch.long, device=device)
     for size, step, spread in zip(kernel, stride, dilation, strict=True):
-        phase = [outer * step + (tap * spread) % step for outer in phase for tap in range(size)]
+        phase = (phase.unsqueeze(1) * step + torch.arange(size, device=device) * spread % step).flatten()
     return phase
 
 

@@ -126,7 +126,8 @@ class Head(nn.Module):
     """Pooled classifier: (N, C, H, W) to (N, num_classes), or to the features (N, C) if ``num_classes`` is 0.
 
     Args:
-        before_pool: what the last activation map goes through: activation, normalisation or both.
+        before_pool: what the last activation map goes through: activation, normalisation or both. It must not
+            overwrite its input, which may be the caller's.
         pooled_scale: factor on the pooled features: γ of the activation in a normaliser-free network.
         drop_rate: dropout on the pooled features.
         weight_std: standard deviation of the classifier's initial weights.

@@ -110,8 +110,6 @@ def _stem(
     convs: NFConvolutions, in_channels: int, width: int, activation: Activation, stem: Stem, padding: Padding
 ) -> nn.Sequential:
     """Four 3×3 convolutions with activations between them, to 1/8, 1/4, 1/2 and all of ``width`` channels."""
-    if width < 8:
-        raise ValueError(f"stem_width: expected at least 8 channels, got {width}")
     layers = nn.Sequential()
     for index, stride in enumerate(STEM_STRIDES):
         conv = convs.activated if index else convs.raw

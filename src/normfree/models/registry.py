@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -34,6 +35,30 @@ class ModelEntry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+@dataclass(frozen=True)
+class _Range:
+    """What a numeric option takes."""
+
+    accepts: Callable[[Any], bool]
+    description: str
+    whole: bool = False
+
+
+_PROBABILITY = _Range(lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)")
+_NOT_NEGATIVE = _Range(lambda value: 0.0 <= value < math.inf, "a number of 0 or more")
+_RANGES = {
+    "num_classes": _Range(lambda value: value >= 0, "a whole number of 0 or more", whole=True),
+    "in_channels": _Range(lambda value: value >= 1, "a whole number of 1 or more", whole=True),
+    "width": _Range(lambda value: 0.0 < value < math.inf, "a positive number"),
+    "stem_width": _Range(lambda value: value >= 8, "a whole number of 8 or more", whole=True),
+    "alpha": _NOT_NEGATIVE,
+    "se_ratio": _NOT_NEGATIVE,
+    "skip_gain": _Range(math.isfinite, "a finite number"),
+    "drop_rate": _PROBABILITY,
+    "stochastic_depth_rate": _PROBABILITY,
+}
+
+
 @lru_cache(maxsize=1)
 def _entries() -> dict[str, ModelEntry]:
     entries: dict[str, ModelEntry] = {}
@@ -50,7 +75,7 @@ def model_entry(name: str) -> ModelEntry:
     """
     entries = _entries()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3)
+        near = difflib.get_close_matches(str(name).lower(), entries, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "list_models() lists what there is."
         raise ValueError(f"name: there is no model {name!r}; {hint}")
     return entries[name]
@@ -95,11 +120,13 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     """
     entry = model_entry(name)
     defaults = entry.defaults()
-    for option, value in options.items():
+    for option in options:
         if option not in defaults:
             near = difflib.get_close_matches(option, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(defaults))}."
             raise ValueError(f"{option}: {name} has no such option; {hint}")
+    for option, value in {"num_classes": num_classes, **options}.items():
+        _check_range(option, value)
         _check_choice(entry.build, option, value)
     model = entry.build(num_classes=num_classes, **options)
     model.info.name = name
@@ -107,6 +134,15 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     model.info.batchnorm_twin = entry.batchnorm_twin
     model.info.data = entry.data
     return model
+
+
+def _check_range(option: str, value: Any) -> None:
+    accepted = _RANGES.get(option)
+    if accepted is None:
+        return
+    kinds = (int,) if accepted.whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not accepted.accepts(value):
+        raise ValueError(f"{option}: expected {accepted.description}, got {value!r}")
 
 
 def _check_choice(build: Callable[..., Any], option: str, value: Any) -> None:

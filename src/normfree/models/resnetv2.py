@@ -61,14 +61,16 @@ class PreActivationBlock(nn.Module):
         super().__init__()
         mid = mid_channels
         self.attention_position = attention_position
+        # He's rule for what the convolutions read: a ReLU's output in one order, BatchNorm's in the other
+        conv = partial(bn_conv, reads="relu" if norm_first else "linear")
         # where the activation comes first it reads the skip path, which must not be overwritten
         self.norm0 = norm_activation(plan.in_channels, activation_module(activation, inplace=norm_first), norm_first)
-        self.conv_shortcut = projection(bn_conv, plan, shortcut)
-        self.conv0 = bn_conv(plan.in_channels, mid, 1)
+        self.conv_shortcut = projection(conv, plan, shortcut)
+        self.conv0 = conv(plan.in_channels, mid, 1)
         self.norm1 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
-        self.conv1 = bn_conv(mid, mid, 3, stride=plan.stride, padding=conv_padding(3, padding), groups=groups)
+        self.conv1 = conv(mid, mid, 3, stride=plan.stride, padding=conv_padding(3, padding), groups=groups)
         self.norm2 = norm_activation(mid, activation_module(activation, inplace=True), norm_first)
-        self.conv2 = bn_conv(mid, plan.out_channels, 1)
+        self.conv2 = conv(mid, plan.out_channels, 1)
         self.channel_attention: nn.Module = nn.Identity()
         if channel_attention is not None:
             self.channel_attention = channel_attention(plan.out_channels if attention_position == "end" else mid)

@@ -108,14 +108,7 @@ class SignalPropagation:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per point; an absent statistic is an empty cell."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        names = [item.name for item in fields(SignalPoint)]
-        writer.writerow(names)
-        for point in self.points:
-            cells = (getattr(point, name) for name in names)
-            writer.writerow(["x".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in cells])
-        write_text(path, text.getvalue())
+        write_text(path, signals_csv([self], with_label=False))
 
     def plot(self, path_or_axes: str | os.PathLike[str] | Sequence[Axes]) -> Figure:
         """Draws the three panels to a PNG, SVG or PDF file, or onto three axes; see :func:`plot_signals`."""
@@ -138,3 +131,17 @@ def without_non_finite(data: Any) -> Any:
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
     return data
+
+
+def signals_csv(signals: Sequence[SignalPropagation], with_label: bool = True) -> str:
+    """One row per point of every signal, in front of it the signal's label and the point's index if asked for."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [item.name for item in fields(SignalPoint)]
+    writer.writerow([*(("network", "index") if with_label else ()), *names])
+    for signal in signals:
+        for index, point in enumerate(signal.points):
+            cells = (getattr(point, name) for name in names)
+            row = ["x".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in cells]
+            writer.writerow([*((signal.label, index) if with_label else ()), *row])
+    return text.getvalue()

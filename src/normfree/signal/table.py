@@ -10,6 +10,7 @@ from .propagation import SignalPoint, SignalPropagation
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LONGEST_SPARKLINE = 24
+_LOG_RANGE = 30.0  # largest over smallest value from which the bars are logarithmic
 
 
 def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
@@ -61,8 +62,12 @@ def _series(signal: SignalPropagation, points: Sequence[SignalPoint], statistic:
     if all(value is None for value in values):
         return "-"
     low, high = (min(everything), max(everything)) if everything else (0.0, 0.0)
+    bars = values
+    if low > 0.0 and high > _LOG_RANGE * low:
+        low, high = math.log(low), math.log(high)
+        bars = [math.log(value) if value is not None and math.isfinite(value) else value for value in values]
     ends = f"{values[0]:.3g}" if len(values) == 1 else f"{_number(values[0])} → {_number(values[-1])}"
-    return f"{ends} {sparkline(values, low, high)}"
+    return f"{ends} {sparkline(bars, low, high)}"
 
 
 def _number(value: float | None) -> str:

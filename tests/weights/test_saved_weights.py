@@ -162,7 +162,7 @@ def hubconf(root: Path) -> ModuleType:
 
 
 def test_torch_hub_entry_points(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     assert set(nf.list_models()) <= set(vars(hubconf(root)))
     made = torch.hub.load(str(root), "nf_resnet26", source="local", num_classes=3, width=0.125)
     assert made.num_classes == 3

@@ -1,0 +1,363 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, typer.Option(help="Of the weights and of noise.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="KEY=VALUE", help="Of the model, such as width=0.25; repeat for more."),
+]
+
+app = typer.Typer(
+    help="Build, diagnose and train deep networks that need no activation normalisation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True)
+
+
+def main() -> None:
+    """The command ``normfree``. Exit code 0, or 2 with one line on standard error for anything that it cannot do."""
+    app()
+
+
+def _report_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Every failure as one line and exit code 2; NORMFREE_DEBUG=1 shows where it came from."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if os.environ.get("NORMFREE_DEBUG"):
+                raise
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else type(error).__name__
+    if not isinstance(error, (ValueError, OSError)):
+        message = f"{type(error).__name__}: {message}" if lines else message
+    notes = [note.removeprefix("spp: raised ") for note in getattr(error, "__notes__", [])]
+    return message + (f" ({'; '.join(notes)})" if notes else "")
+
+
+@app.command()
+@_report_errors
+def models(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'nf_*'.")] = "*",
+    cost: Annotated[bool, typer.Option(help="Count parameters and multiply-adds (takes a while for many).")] = False,
+    size: Annotated[int, typer.Option(help="Input height and width that multiply-adds are counted at.")] = 224,
+    as_json: AsJson = False,
+) -> None:
+    """List the models, with their BatchNorm twins."""
+    import torch
+
+    from .cost import model_cost
+    from .models import create_model, list_models, model_entry
+
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}; normfree models lists all")
+    rows = []
+    for name in _tracked(names, "counting") if cost else names:
+        entry = model_entry(name)
+        row: dict[str, Any] = {
+            "name": name,
+            "description": entry.description,
+            "batchnorm_twin": entry.batchnorm_twin,
+        }
+        if cost:
+            with torch.device("meta"):
+                counted = model_cost(create_model(name), (1, 3, size, size))
+            row |= {"parameters": counted.parameters, "multiply_adds": counted.multiply_adds}
+        rows.append(row)
+    if as_json:
+        _print_json(rows)
+        return
+    titles = ["name", "description", "BatchNorm twin"] + (["parameters", f"multiply-adds at {size} px"] if cost else [])
+    table = _table(titles, numeric=titles[3:])
+    for row in rows:
+        numbers = [f"{row['parameters'] / 1e6:.1f} M", f"{row['multiply_adds'] / 1e9:.2f} G"] if cost else []
+        table.add_row(row["name"], row["description"], row["batchnorm_twin"] or "", *numbers)
+    _print_table(table)
+
+
+@app.command()
+@_report_errors
+def gain(
+    activations: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, such as silu or 'leaky_relu(0.2)'; all if none.", metavar="NAME..."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show γ of activations: exact, and as published."""
+    from .activation import activation_names
+    from .gain import gain as exact_gain
+
+    rows: list[dict[str, Any]] = []
+    for name in activations or activation_names():
+        try:
+            exact = exact_gain(name)
+        except ValueError:
+            if activations:
+                raise
+            continue  # listed without being asked for, such as threshold, which has no default
+        published: float | None = None
+        with contextlib.suppress(ValueError):
+            published = exact_gain(name, source="published")
+        rows.append({"activation": name, "gain": exact, "published": published})
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table(["activation", "exact", "published"], numeric=["exact", "published"])
+    for row in rows:
+        table.add_row(
+            row["activation"], f"{row['gain']:.15g}", "" if row["published"] is None else f"{row['published']:.10g}"
+        )
+    _print_table(table)
+
+
+@app.command()
+@_report_errors
+def spp(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="nf_resnet50, timm:NAME, torchvision:NAME, package.module:callable or file.py:callable.",
+            metavar="MODEL...",
+        ),
+    ],
+    input: Annotated[
+        str, typer.Option(help="noise, a folder of images, an image, or a Parquet file of images.")
+    ] = "noise",
+    size: Annotated[int | None, typer.Option(help="Height and width of the input; by default the model's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to average over, at most.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table of all points to write.")] = None,
+    as_json: AsJson = False,
+    option: Options = None,
+    norm_statistics: Annotated[
+        Literal["batch", "running"], typer.Option(help="What BatchNorm normalises with.")
+    ] = "batch",
+    backward: Annotated[bool, typer.Option(help="Measure the gradients, too.")] = False,
+    channel_axis: Annotated[int | None, typer.Option(help="Of every activation; found by itself if left out.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"], typer.Option(help="Of weights and input.")
+    ] = "float32",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Signal Propagation Plots of one or more models, drawn over each other."""
+    import torch
+
+    from .files import write_text
+    from .signal import plot_signals
+    from .signal.plot import check_figure_path
+    from .signal.propagation import signals_csv, without_non_finite
+
+    if out is not None:
+        check_figure_path(out)
+    for path in (out, csv):
+        _check_writable(path)
+    options = _parse_options(option or [])
+    signals = []
+    for name in models:
+        torch.manual_seed(seed)
+        signals.append(
+            _measured(
+                name,
+                options,
+                input=input,
+                size=size,
+                batch=batch,
+                batches=batches,
+                dtype=getattr(torch, dtype),
+                device=torch.device(device),
+                norm_statistics=norm_statistics,
+                backward=backward,
+                channel_axis=channel_axis,
+            )
+        )
+    if out is not None:
+        plot_signals(signals, out)
+    if csv is not None:
+        write_text(csv, signals_csv(signals))
+    if as_json:
+        _print_json(without_non_finite([signal.to_dict() for signal in signals]))
+    else:
+        print("\n\n".join(str(signal) for signal in signals))
+    for path in (out, csv):
+        if path is not None:
+            _say(f"wrote {path}")
+
+
+@app.command()
+@_report_errors
+def reproduce(
+    experiments: Annotated[list[str], typer.Argument(help="figure1, figure2, or all.", metavar="NAME...")],
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller networks and inputs: seconds, not minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and numbers.")] = Path("reproduced"),
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the paper's figures, and say of each of its claims whether the numbers bear it out."""
+    import difflib
+
+    from .experiments import EXPERIMENTS
+
+    names = list(EXPERIMENTS) if experiments == ["all"] else experiments
+    for name in names:
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(EXPERIMENTS)}"
+            raise ValueError(f"there is no experiment {name!r}{hint}")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out: {out} is not a folder")
+    reports = []
+    for name in names:
+        report = EXPERIMENTS[name](quick, seed, _say)
+        written = report.write(out)
+        reports.append(report)
+        if not as_json:
+            print(f"{name}: {report.title}")
+            print("\n".join(f"  {claim}" for claim in report.claims))
+            print(f"  wrote {', '.join(str(path) for path in written)}\n")
+    if as_json:
+        from .signal.propagation import without_non_finite
+
+        _print_json(without_non_finite([report.to_dict() for report in reports]))
+
+
+def _measured(
+    name: str,
+    options: dict[str, Any],
+    *,
+    input: str,
+    size: int | None,
+    batch: int,
+    batches: int,
+    dtype: Any,
+    device: Any,
+    **settings: Any,
+) -> Any:
+    from dataclasses import replace
+
+    import torch
+
+    from .images import ImageBatches
+    from .signal import spp as measure
+    from .sources import input_size, load_model
+
+    model = load_model(name, **options).to(device, dtype)
+    channels, height, width = input_size(model)
+    if size is not None:
+        height = width = size
+    images: ImageBatches | None = None
+    stream: Iterable[torch.Tensor]
+    if input == "noise":
+        stream = (torch.randn(batch, channels, height, width) for _ in range(batches))
+    else:
+        images = ImageBatches(input, size=height, batch_size=batch, limit=batch * batches)
+        stream = images
+    with _batch_progress(name, batches) as on_batch:
+        signal = measure(model, stream, label=name, max_batches=batches, on_batch=on_batch, **settings)
+    note = images.note() if images is not None else None
+    return signal if note is None else replace(signal, notes=(*signal.notes, note))
+
+
+def _parse_options(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, the value read as JSON where it is JSON and as a word otherwise."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--option: expected KEY=VALUE, got {pair!r}")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def _check_writable(path: Path | None) -> None:
+    """Fails before the work is done, not after."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+@contextlib.contextmanager
+def _batch_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, plain lines in a log, nothing for a single batch in a log."""
+    if not _console.is_terminal:
+        yield lambda done: _say(f"{name}: batch {done}") if total > 1 else None
+        return
+    with _progress_bar() as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _tracked(items: list[str], what: str) -> Iterator[str]:
+    if not _console.is_terminal:
+        yield from items
+        return
+    with _progress_bar() as bar:
+        yield from bar.track(items, description=what)
+
+
+def _progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=_console, transient=True)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _table(titles: list[str], numeric: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title in numeric else "left", no_wrap=True)
+    return table
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    # a pipe has no width to fit into
+    (console if console.is_terminal else Console(width=200)).print(table)
