@@ -1,5 +1,15 @@
 from .measure import spp
 from .plot import plot_signals
+from .predict import PredictionError, predict_spp
 from .propagation import SignalPoint, SignalPropagation
+from .theory import register_rule
 
-__all__ = ["SignalPoint", "SignalPropagation", "plot_signals", "spp"]
+__all__ = [
+    "PredictionError",
+    "SignalPoint",
+    "SignalPropagation",
+    "plot_signals",
+    "predict_spp",
+    "register_rule",
+    "spp",
+]

@@ -1,0 +1,113 @@
+"""What the theory needs to know of a weight: second moments of its taps, and of their sums over channels.
+
+For an output channel o that reads C channels (of its group) through T taps, write W_oct. Inputs of covariance v and
+common mean m give Σ_c Σ_t W_oct x_c(t) the moments, over o,
+
+    mean        Σ_t b_t m(t)                              b_t   = E_o Σ_c W_oct
+    covariance  Σ_tt' A_tt' v(t, t') + B_tt' m(t) m(t')   A_tt' = E_o Σ_c W_oct W_oct'
+                                                          B_tt' = E_o (Σ_c W_oct)(Σ_c W_oct'),
+
+less the product of means. Independent zero-mean weights of variance σ² have A = B = C σ² 1 and b = 0. Rows that sum
+to zero, with squares that sum to s², have A = s²/T · 1, B = s²/T · (1 − 1/T), and b = 0: a mean that all channels and
+taps share is cancelled, and what zero padding leaves out of the sum shows in B alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .grid import Array
+
+_NOISE = 6.0  # standard errors up to which a covariance between taps is put down to sampling
+_WEAK = 0.04  # and the share of the diagonal up to which it is left out anyway
+
+
+@dataclass(frozen=True)
+class WeightMoments:
+    """A, B and b of a weight, and the mean and the variance of the bias; see the module's text.
+
+    ``pairs`` is A: (taps,) if it is diagonal, else (taps, taps).
+    """
+
+    pairs: Array
+    sums: Array
+    mean: Array
+    bias_mean: float = 0.0
+    bias_variance: float = 0.0
+
+    @property
+    def taps(self) -> Array:
+        """(taps,): the mean over output channels of the squares that each tap holds."""
+        return self.pairs if self.pairs.ndim == 1 else np.diagonal(self.pairs)
+
+    def scaled(self, factor: float) -> WeightMoments:
+        """Of the weight and the bias times a number."""
+        square = factor**2
+        return WeightMoments(
+            self.pairs * square,
+            self.sums * square,
+            self.mean * factor,
+            self.bias_mean * factor,
+            self.bias_variance * square,
+        )
+
+
+@runtime_checkable
+class DeclaresWeight(Protocol):
+    """A layer that can say what its weight does without having one: the initialisation that it declares."""
+
+    def declared_weight(self) -> tuple[float, bool]:
+        """Mean over outputs of the sum of squares of a row, and whether rows sum to zero."""
+
+
+def of_tensor(weight: Tensor) -> WeightMoments:
+    """The moments of an actual weight: (out, in / groups, *kernel) or (out, in)."""
+    rows = weight.detach().flatten(2) if weight.ndim > 2 else weight.detach().unsqueeze(2)
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    out, channels, taps = rows.shape
+    sums = rows.sum(dim=1).double()
+    flat = rows.transpose(1, 2).reshape(out, taps, channels)
+    pairs = torch.einsum("otc,osc->ts", flat, flat).double().numpy() / out if taps <= 128 else None
+    if pairs is None or _is_diagonal(pairs, out * channels):
+        pairs = rows.square().sum(dim=(0, 1)).double().numpy() / out
+    return WeightMoments(pairs, (sums.T @ sums / out).numpy(), sums.mean(dim=0).numpy())
+
+
+def independent(row_squares: float, taps: int, mean: float = 0.0, channels: int = 1) -> WeightMoments:
+    """Of independent weights: ``row_squares`` is the expected sum of squares of a row."""
+    diagonal = np.full(taps, row_squares / taps)
+    common = np.full(taps, mean * channels)
+    return WeightMoments(diagonal, np.diag(diagonal) + np.outer(common, common), common)
+
+
+def zero_sum(row_squares: float, taps: int) -> WeightMoments:
+    """Of standardized weights, whose rows sum to zero over channels and taps together."""
+    diagonal = np.full(taps, row_squares / taps)
+    return WeightMoments(diagonal, np.diag(diagonal) - row_squares / taps**2, np.zeros(taps))
+
+
+def _is_diagonal(pairs: Array, samples: int) -> bool:
+    diagonal = np.sqrt(np.maximum(np.outer(np.diagonal(pairs), np.diagonal(pairs)), 1e-300))
+    off = np.abs(pairs - np.diag(np.diagonal(pairs))) / diagonal
+    return bool(off.max(initial=0.0) <= max(_NOISE / math.sqrt(max(samples, 1)), _WEAK))
+
+
+# ---------------------------------------------------------------- weights without values
+
+
+def of_declared(shape: tuple[int, ...], module: nn.Module | None) -> WeightMoments:
+    """The moments of a weight on the meta device: what its module's class declares, or torch's default.
+
+    ``nn.Conv*d`` and ``nn.Linear`` draw weights and bias from U(−1/√fan-in, 1/√fan-in): variance 1 / (3 · fan-in).
+    """
+    taps = math.prod(shape[2:])
+    if isinstance(module, DeclaresWeight):
+        row_squares, sums_to_zero = module.declared_weight()
+        return zero_sum(row_squares, taps) if sums_to_zero else independent(row_squares, taps)
+    return independent(1.0 / 3.0, taps)
