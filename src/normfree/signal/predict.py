@@ -13,7 +13,7 @@ from .graph import Node, tensors_in
 from .measure import _default_label, _plain_module, _points, _undisturbed, spp
 from .moments import ChannelMoments
 from .propagation import SignalPoint, SignalPropagation
-from .theory.pointwise import pointwise
+from .theory.pointwise import is_elementwise, pointwise
 from .theory.rules import Call, Flow, NoRule, regrid, rule_of
 from .theory.state import State
 from .trace import ModuleCall, Trace, TraceResult
@@ -243,7 +243,7 @@ class PredictedTrace(Trace):
             self._state_of,
             lambda tensor: self._axis(tensor, self._graph.node(tensor)),
         )
-        rule = rule_of(func) or (pointwise if torch.Tag.pointwise in func.tags else None)
+        rule = rule_of(func) or (pointwise if is_elementwise(func) else None)
         gap = False
         try:
             if rule is None:

@@ -14,6 +14,20 @@ from .rules import Call, NoRule, broadcast, rules
 from .state import _WEIGHTS, State, elementwise, from_values, sum_shape
 
 
+def is_elementwise(func: Any) -> bool:
+    """Whether an operator, or the one that it is the in-place form of, is tagged as elementwise."""
+    return torch.Tag.pointwise in func.tags or torch.Tag.pointwise in out_of_place(func).tags
+
+
+def out_of_place(func: Any) -> Any:
+    """The operator that returns what an in-place one writes; itself for any other."""
+    name = func._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or not func._schema.name.startswith("aten::"):
+        return func
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    return getattr(packet, func._overloadname, func) if packet is not None else func
+
+
 def pointwise(call: Call) -> State:
     """Any elementwise operator, applied to the values at the nodes of the latent that its operands share."""
     tensors = [value for value in call.args if isinstance(value, Tensor)]
@@ -61,7 +75,7 @@ def _function(call: Call, operands: Sequence[Tensor], states: list[State]) -> St
             return value
 
         kwargs = {key: swap(value) for key, value in call.kwargs.items() if key not in ("out", "generator")}
-        return call.func(*(swap(value) for value in call.args), **kwargs).double().numpy()
+        return out_of_place(call.func)(*(swap(value) for value in call.args), **kwargs).double().numpy()
 
     result = elementwise(evaluate, states)
     for tensor, (energy, coherence) in zip(operands, _slopes(result, states), strict=True):
@@ -236,6 +250,9 @@ def _relative_variance(state: State) -> float:
     return state.average_variance / max(state.second_moment, 1e-30)
 
 
+rules("hardswish", "mish", "celu", "selu", "rrelu", "rrelu_with_noise_functional")(pointwise)  # some lack the tag
+
+
 @rules("native_dropout", "dropout", "_to_copy", "clone", "contiguous", "detach", "alias", "roll", "flip", "lift_fresh")
 def identity(call: Call) -> State:
     """The same statistics: a copy, a permutation of positions, or dropout, which is off."""
@@ -256,4 +273,4 @@ def prelu(call: Call) -> State:
     return result
 
 
-__all__ = ["added", "from_values", "multiplied", "pointwise"]
+__all__ = ["added", "from_values", "is_elementwise", "multiplied", "pointwise"]

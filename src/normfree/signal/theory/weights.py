@@ -26,6 +26,7 @@ from .grid import Array
 
 _NOISE = 6.0  # standard errors up to which a covariance between taps is put down to sampling
 _WEAK = 0.04  # and the share of the diagonal up to which it is left out anyway
+_TOGETHER = 0.05  # the same for the sum of all covariances
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,24 @@ def independent(row_squares: float, taps: int, mean: float = 0.0, channels: int 
     return WeightMoments(diagonal, np.diag(diagonal) + np.outer(common, common), common)
 
 
-def zero_sum(row_squares: float, taps: int) -> WeightMoments:
-    """Of standardized weights, whose rows sum to zero over channels and taps together."""
-    diagonal = np.full(taps, row_squares / taps)
-    return WeightMoments(diagonal, np.diag(diagonal) - row_squares / taps**2, np.zeros(taps))
+def zero_sum(row_squares: float, taps: int, channels: int) -> WeightMoments:
+    """Of standardized weights, whose rows of N elements sum to zero: Cov(W_j, W_k) = s² (δ_jk − 1/N) / (N − 1)."""
+    fan_in = taps * channels
+    if fan_in == 1:
+        return independent(0.0, 1)
+    pairs = channels * row_squares * (np.eye(taps) - 1.0 / fan_in) / (fan_in - 1)
+    sums = np.eye(taps) * row_squares / taps - row_squares / taps**2
+    return WeightMoments(np.diagonal(pairs) if _is_diagonal(pairs) else pairs, sums, np.zeros(taps))
 
 
-def _is_diagonal(pairs: Array, samples: int) -> bool:
-    diagonal = np.sqrt(np.maximum(np.outer(np.diagonal(pairs), np.diagonal(pairs)), 1e-300))
-    off = np.abs(pairs - np.diag(np.diagonal(pairs))) / diagonal
-    return bool(off.max(initial=0.0) <= max(_NOISE / math.sqrt(max(samples, 1)), _WEAK))
+def _is_diagonal(pairs: Array, samples: int | None = None) -> bool:
+    """Whether taps are uncorrelated but for sampling noise: one by one, and all together."""
+    diagonal = np.diagonal(pairs)
+    if abs(pairs.sum() - diagonal.sum()) > _TOGETHER * diagonal.sum():
+        return False
+    off = np.abs(pairs - np.diag(diagonal)) / np.sqrt(np.maximum(np.outer(diagonal, diagonal), 1e-300))
+    noise = _NOISE / math.sqrt(samples) if samples else 0.0
+    return bool(off.max(initial=0.0) <= max(noise, _WEAK))
 
 
 # ---------------------------------------------------------------- weights without values
@@ -109,5 +118,5 @@ def of_declared(shape: tuple[int, ...], module: nn.Module | None) -> WeightMomen
     taps = math.prod(shape[2:])
     if isinstance(module, DeclaresWeight):
         row_squares, sums_to_zero = module.declared_weight()
-        return zero_sum(row_squares, taps) if sums_to_zero else independent(row_squares, taps)
+        return zero_sum(row_squares, taps, shape[1]) if sums_to_zero else independent(row_squares, taps)
     return independent(1.0 / 3.0, taps)
