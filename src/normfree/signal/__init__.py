@@ -3,6 +3,7 @@ from .plot import plot_signals
 from .predict import PredictionError, predict_spp
 from .propagation import SignalPoint, SignalPropagation
 from .theory import register_rule
+from .theory.declared import without_weights
 
 __all__ = [
     "PredictionError",
@@ -12,4 +13,5 @@ __all__ = [
     "predict_spp",
     "register_rule",
     "spp",
+    "without_weights",
 ]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .graph import Node, tensors_in
+from .graph import Node, scalar_value, tensors_in
 from .measure import _default_label, _plain_module, _points, _undisturbed, spp
 from .moments import ChannelMoments
 from .propagation import SignalPoint, SignalPropagation
 from .theory.pointwise import is_elementwise, pointwise
 from .theory.rules import Call, Flow, NoRule, regrid, rule_of
 from .theory.state import State
+from .theory.weights import DeclaresWeight
 from .trace import ModuleCall, Trace, TraceResult
 
 NormStatistics = Literal["batch", "running"]
@@ -162,6 +165,26 @@ def _check_weights(model: nn.Module) -> None:
             raise ValueError(f"model: {path or 'it'} is quantised; the theory reads dense floating-point weights only")
 
 
+@dataclass(frozen=True)
+class _Energy:
+    """Σ g² over all elements; and what is left of it after averaging g over the positions of each example, which is
+    all of it behind a global average, and over examples, too: the channel means that a plot shows."""
+
+    total: float = 0.0
+    coherent: float = 0.0
+    common: float = 0.0
+
+    def __add__(self, other: _Energy) -> _Energy:
+        return _Energy(self.total + other.total, self.coherent + other.coherent, self.common + other.common)
+
+    def through(self, flow: Flow, positions: int, examples: int) -> _Energy:
+        """What reaches the input of one operator."""
+        spread = (1.0 - flow.coherence) * self.total / positions if flow.fresh else 0.0
+        coherent = flow.coherence * self.coherent + spread
+        common = 0.0 if flow.centred else flow.coherence * self.common + spread / examples
+        return _Energy(flow.factor * self.total, flow.factor * coherent, flow.factor * common)
+
+
 class PredictedTrace(Trace):
     """Watches a forward pass on the ``meta`` device and propagates statistics along with it."""
 
@@ -177,6 +200,7 @@ class PredictedTrace(Trace):
         self.examples = examples
         self.notes: list[str] = []
         self._modules_by_path = dict(model.named_modules())
+        self._scales: dict[str, float] = {}
         self._gaps: list[tuple[int, str]] = []
         self._flows: list[tuple[Node, list[tuple[Node, Flow]]]] = []
         self._wanted: list[tuple[Any, str, Node]] = []
@@ -192,6 +216,30 @@ class PredictedTrace(Trace):
     def place(self) -> str:
         """Where the forward pass is, in words."""
         return f"module {self.module_path!r}" if self.module_path else "the model's own forward"
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """As in a measurement; and layers that declare their weight, and have none, are spared computing it."""
+        spared = [m for m in self._modules_by_path.values() if isinstance(m, DeclaresWeight) and m.weight.is_meta]
+        for module in spared:
+            module.__dict__["effective_weight"] = lambda output_scale=None, weight=module.weight: weight
+        try:
+            with super().hooks():
+                yield
+        finally:
+            for module in spared:
+                del module.__dict__["effective_weight"]
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        hook = super()._enter(path)
+
+        def with_scale(module: nn.Module, args: Any, kwargs: Any) -> None:
+            scale = kwargs.get("output_scale")
+            value = None if scale is None else scalar_value(scale, self._graph)
+            self._scales[path] = 1.0 if value is None else value
+            hook(module, args, kwargs)
+
+        return with_scale
 
     # ---------------------------------------------------------------- running without values
 
@@ -240,8 +288,10 @@ class PredictedTrace(Trace):
             result,
             self.examples,
             self._modules_by_path.get(self._stack[-1].path) if self._stack else None,
+            self._scales.get(self._stack[-1].path, 1.0) if self._stack else 1.0,
             self._state_of,
             lambda tensor: self._axis(tensor, self._graph.node(tensor)),
+            self._gradients,
         )
         rule = rule_of(func) or (pointwise if is_elementwise(func) else None)
         gap = False
@@ -287,34 +337,26 @@ class PredictedTrace(Trace):
         """Sends the energy of the gradient of Σ output · z back along the flows.
 
         With E the sum over elements of the expected squared gradient, a linear layer hands on Σ_ct W_oct² of E, an
-        elementwise function E[f'(x)²] of it, an addition all of it to both sides. ``coherent`` is the share of it
-        in which all positions of an example agree: all of it behind a global average, less behind every function
-        whose slope differs between positions.
+        elementwise function E[f'(x)²] of it, an addition all of it to both sides.
         """
         if not self._gradients:
             return
-        energy: dict[Node, tuple[float, float]] = {}
+        energies: dict[Node, _Energy] = {}
         for tensor in tensors_in(output if not isinstance(output, Mapping) else dict(output)):
             node = self._graph.node(tensor)
             if node is not None and tensor.is_floating_point():
-                positions = max(_positions(node), 1)
-                energy[node] = (float(tensor.numel()), tensor.numel() / positions)
+                count, positions = float(tensor.numel()), max(_positions(node), 1)
+                energies[node] = _Energy(count, count / positions, count / positions / self.examples)
         for node, flows in reversed(self._flows):
-            total, coherent = energy.get(node, (0.0, 0.0))
             for source, flow in flows:
-                before = energy.get(source, (0.0, 0.0))
-                energy[source] = (
-                    before[0] + flow.factor * total,
-                    before[1] + flow.factor * coherent * flow.coherence,
-                )
+                if node in energies:
+                    share = energies[node].through(flow, max(_positions(source), 1), self.examples)
+                    energies[source] = energies.get(source, _Energy()) + share
         for holder, attribute, node in self._wanted:
-            total, coherent = energy.get(node, (0.0, 0.0))
-            count = max(1, torch.Size(node.shape).numel())
-            positions = max(_positions(node), 1)
-            share = coherent / total if total else 0.0
-            level = total / count
-            squared_mean = level * (share + (1.0 - share) / positions) / self.examples
-            setattr(holder, attribute, _moments_of(squared_mean, max(level - squared_mean, 0.0)))
+            energy = energies.get(node, _Energy())
+            count = float(max(1, torch.Size(node.shape).numel()))
+            squared_mean = energy.common / count
+            setattr(holder, attribute, _moments_of(squared_mean, max(energy.total / count - squared_mean, 0.0)))
 
     def points(self) -> tuple[SignalPoint, ...]:
         """As :func:`normfree.spp` has them, with the operators that had no rule since the point before."""
@@ -341,8 +383,6 @@ def _positions(node: Node) -> int:
 
 
 def _with_gap(point: SignalPoint, gap: str) -> SignalPoint:
-    from dataclasses import replace
-
     return replace(point, gap=gap) if gap else point
 
 

@@ -94,7 +94,10 @@ def weight_moments(call: Call, weight: Tensor, bias: Any) -> WeightMoments:
     """Of the weight that an operator was given: its values, or what its layer declares."""
     if call.is_activation(weight):
         raise NoRule("its weight depends on the input")
-    moments = of_declared(tuple(weight.shape), call.module) if weight.is_meta else of_tensor(weight)
+    if weight.is_meta:
+        moments = of_declared(tuple(weight.shape), call.module).scaled(call.output_scale)
+    else:
+        moments = of_tensor(weight)
     if isinstance(bias, Tensor) and not bias.is_meta:
         mean, variance = float(bias.double().mean()), float(bias.double().var(unbiased=False))
         return WeightMoments(moments.pairs, moments.sums, moments.mean, mean, variance)
@@ -128,7 +131,8 @@ def _transposed(call: Call, state: State) -> State:
     x, weight, bias, stride = call.args[:4]
     groups = call.args[8]
     if weight.is_meta:
-        declared = of_declared((weight.shape[1] * groups, weight.shape[0] // groups, *weight.shape[2:]), call.module)
+        shape = (weight.shape[1] * groups, weight.shape[0] // groups, *weight.shape[2:])
+        declared = of_declared(shape, call.module).scaled(call.output_scale)
         squares, row_sum, share = float(declared.taps.sum()), 0.0, 1.0
         per_output = squares * share if declared.mean.any() else squares
     else:

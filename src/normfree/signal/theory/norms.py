@@ -56,7 +56,9 @@ def batch_norm(call: Call) -> State:
     result, second = _affine(
         state.with_moments(mean, cross, within, shape=state.standardised()), weight, bias
     )
-    call.flow(x, scale * second)
+    # the mean of the gradient and its component along the output go
+    left = max(1.0 - 2.0 / max(call.examples * state.grid.positions, 2), 0.0)
+    call.flow(x, scale * second * left, centred=True)
     return result
 
 

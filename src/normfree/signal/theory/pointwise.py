@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def _function(call: Call, operands: Sequence[Tensor], states: list[State]) -> St
         def swap(value: Any) -> Any:
             if isinstance(value, Tensor):
                 if id(value) in place:
-                    return torch.from_numpy(values[place[id(value)]])
+                    return torch.from_numpy(values[place[id(value)]].copy())
                 if value.is_meta:
                     raise NoRule("a parameter of it has no value")
                 value = value.double() if value.is_floating_point() else value
@@ -78,24 +78,26 @@ def _function(call: Call, operands: Sequence[Tensor], states: list[State]) -> St
         return out_of_place(call.func)(*(swap(value) for value in call.args), **kwargs).double().numpy()
 
     result = elementwise(evaluate, states)
-    for tensor, (energy, coherence) in zip(operands, _slopes(result, states), strict=True):
-        call.flow(tensor, energy, coherence)
+    _slopes(call, operands, states, evaluate)
     return result
 
 
-def _slopes(result: State, states: Sequence[State]) -> list[tuple[float, float]]:
-    """E[(dy/dx)²] and (E[dy/dx])² / E[(dy/dx)²], shared out evenly where operands are functions of one latent."""
-    varying = [state for state in states if not state.is_constant]
-    if not varying or result._values is None:
-        return [(0.0, 1.0)] * len(states)
-    base = max(varying, key=lambda state: state.grid.cells)
-    share = base.grid.share
-    middle = 0.5 * (_WEIGHTS[1:] + _WEIGHTS[:-1])
-    rise, run = np.diff(result.values, axis=1), np.diff(base.values, axis=1)
-    slope = np.divide(rise, run, out=np.zeros_like(rise), where=np.abs(run) > 1e-12)
-    energy, mean = float(share @ (slope**2 @ middle)), float(share @ (slope @ middle))
-    coherence = min(mean**2 / energy, 1.0) if energy > 0 else 1.0
-    return [(energy / len(varying), coherence) if not state.is_constant else (0.0, 1.0) for state in states]
+def _slopes(call: Call, operands: Sequence[Tensor], states: list[State], function: Callable[..., Array]) -> None:
+    """The gradient's way back: E[(∂y/∂x)²] of its energy, of which (E ∂y/∂x)² is the same at all positions."""
+    if not call.wants_flows:
+        return
+    base = max(states, key=lambda state: state.grid.cells)
+    shape = base.values.shape
+    values = [np.broadcast_to(state.values, shape) for state in states]
+    for index, tensor in enumerate(operands):
+        step = 1e-5 * (1.0 + np.abs(values[index]).max())
+        # from the left: the slope of ReLU at 0, where half of a rectified signal lies, is 0
+        lower = [value - step if place == index else value for place, value in enumerate(values)]
+        with np.errstate(all="ignore"):
+            slope = (function(values) - function(lower)) / step
+        energy = float(base.grid.share @ (slope**2 @ _WEIGHTS))
+        mean = float(base.grid.share @ (slope @ _WEIGHTS))
+        call.flow(tensor, energy, min(mean**2 / energy, 1.0) if energy > 0 else 1.0, fresh=True)
 
 
 def _with_scalar(call: Call, name: str, operand: Tensor, state: State) -> State | None:
@@ -268,9 +270,12 @@ def prelu(call: Call) -> State:
     x, weight = call.args[:2]
     slope = 0.25 if weight.is_meta else float(weight.double().mean())
     state = call.state(x)
-    result = state.map(lambda values: np.where(values > 0, values, slope * values))
-    call.flow(x, *_slopes(result, [state])[0])
-    return result
+
+    def function(values: list[Array]) -> Array:
+        return np.where(values[0] > 0, values[0], slope * values[0])
+
+    _slopes(call, [x], [state], function)
+    return elementwise(function, [state])
 
 
 __all__ = ["added", "from_values", "is_elementwise", "multiplied", "pointwise"]

@@ -26,11 +26,15 @@ class Flow:
         tensor: the input.
         factor: the ratio of energies.
         coherence: what becomes of the share of it in which all positions agree.
+        fresh: whether the rest is spread over positions and examples at random, as behind a random slope.
+        centred: whether the mean over examples and positions is taken out of it, as behind BatchNorm.
     """
 
     tensor: Tensor
     factor: float
     coherence: float = 1.0
+    fresh: bool = False
+    centred: bool = False
 
 
 @dataclass
@@ -43,6 +47,8 @@ class Call:
         result: the first tensor that it returned.
         examples: number of examples in the batch.
         module: the innermost module that is running.
+        output_scale: scalar that the module was called with, to be carried by its weight.
+        wants_flows: whether gradients are asked for.
         flows: what a rule says of the gradient; see :meth:`flow`.
     """
 
@@ -52,8 +58,10 @@ class Call:
     result: Tensor
     examples: int
     module: nn.Module | None
+    output_scale: float
     raw_state: Callable[[Tensor], State | None]
     axis_of: Callable[[Tensor], int]
+    wants_flows: bool = True
     flows: list[Flow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -77,10 +85,12 @@ class Call:
             raise NoRule("one of its inputs is not known")
         return regrid(state, self.sizes(tensor) if sizes is None else tuple(sizes))
 
-    def flow(self, tensor: Any, factor: float, coherence: float = 1.0) -> None:
+    def flow(
+        self, tensor: Any, factor: float, coherence: float = 1.0, fresh: bool = False, centred: bool = False
+    ) -> None:
         """Says that a share of the gradient's energy goes to an input; see :class:`Flow`."""
-        if self.is_activation(tensor):
-            self.flows.append(Flow(tensor, float(factor), float(coherence)))
+        if self.wants_flows and self.is_activation(tensor):
+            self.flows.append(Flow(tensor, float(factor), float(coherence), fresh, centred))
 
 
 Rule = Callable[[Call], State]

@@ -25,6 +25,7 @@ Cov(f(z), g(z')) = Σ_{k≥1} a_k b_k ρ^k for latents of correlation ρ.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -151,15 +152,19 @@ class State:
         """Whether all channels and examples have the same value."""
         return self.average_variance <= 1e-24 * (1.0 + float(np.max(self.mean**2)))
 
+    @cached_property
+    def _pairs_at_offsets(self) -> Array:
+        """Number of pairs of positions at every offset of ``near``."""
+        counts = np.ones(())
+        for size, length in zip(self.grid.sizes, self.near.shape, strict=True):
+            axis = np.maximum(size - np.abs(np.arange(length) - length // 2), 0)
+            counts = np.multiply.outer(counts, axis.astype(float))
+        return counts
+
     def pooled_near(self) -> float:
         """Mean of the excess correlation over all pairs of positions."""
-        sizes, total, seen = self.grid.sizes, 0.0, 0.0
-        pairs = float(self.grid.positions) ** 2
-        for offset in itertools.product(*(range(-(n // 2), n // 2 + 1) for n in self.near.shape)):
-            count = float(np.prod([max(n - abs(d), 0) for n, d in zip(sizes, offset, strict=True)]))
-            total += count * self.near[tuple(d + n // 2 for d, n in zip(offset, self.near.shape, strict=True))]
-            seen += count
-        return (total + (pairs - seen) * self.far) / pairs
+        counts, pairs = self._pairs_at_offsets, float(self.grid.positions) ** 2
+        return float(((counts * self.near).sum() + (pairs - counts.sum()) * self.far) / pairs)
 
     def statistics(self, examples: int) -> tuple[float, float]:
         """Average channel squared mean and variance of a batch of so many examples."""
@@ -333,13 +338,18 @@ def _series(terms: Array, tail: float, correlation: Array) -> Array:
 
 
 def _mehler_pairs(coefficients: Array, tail: Array, correlation: Array) -> Array:
-    if not correlation.any():
-        return np.zeros_like(correlation)
     total = np.zeros_like(correlation)
-    for k in range(coefficients.shape[1] - 1, 0, -1):
-        total += np.outer(coefficients[:, k], coefficients[:, k])
+    largest = float(np.abs(correlation).max(initial=0.0))
+    if largest == 0.0:
+        return total
+    degree = coefficients.shape[1] - 1
+    if largest < 0.5:  # later powers are below rounding
+        degree = min(degree, math.ceil(-25.0 / math.log(largest)))
+    for k in range(degree, 0, -1):
+        column = coefficients[:, k]
+        total += column[:, None] * column
         total *= correlation
-    return total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
+    return total if largest < 0.5 else total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
 
 
 def sum_shape(first: State, second: State) -> Array | None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .declared import declared_moments
 from .grid import Array
 
 _NOISE = 6.0  # standard errors up to which a covariance between taps is put down to sampling
@@ -62,6 +63,8 @@ class WeightMoments:
 @runtime_checkable
 class DeclaresWeight(Protocol):
     """A layer that can say what its weight does without having one: the initialisation that it declares."""
+
+    weight: Tensor
 
     def declared_weight(self) -> tuple[float, bool]:
         """Mean over outputs of the sum of squares of a row, and whether rows sum to zero."""
@@ -111,12 +114,18 @@ def _is_diagonal(pairs: Array, samples: int | None = None) -> bool:
 
 
 def of_declared(shape: tuple[int, ...], module: nn.Module | None) -> WeightMoments:
-    """The moments of a weight on the meta device: what its module's class declares, or torch's default.
+    """The moments of a weight on the meta device: what its layer declares, what was noted when it was initialised
+    (:func:`.without_weights`), or torch's default.
 
     ``nn.Conv*d`` and ``nn.Linear`` draw weights and bias from U(−1/√fan-in, 1/√fan-in): variance 1 / (3 · fan-in).
     """
-    taps = math.prod(shape[2:])
+    taps, channels = math.prod(shape[2:]), shape[1]
     if isinstance(module, DeclaresWeight):
         row_squares, sums_to_zero = module.declared_weight()
-        return zero_sum(row_squares, taps, shape[1]) if sums_to_zero else independent(row_squares, taps)
+        return zero_sum(row_squares, taps, channels) if sums_to_zero else independent(row_squares, taps)
+    own = getattr(module, "weight", None)
+    noted = declared_moments(own) if isinstance(own, Tensor) else None
+    if noted is not None:
+        mean, variance = noted
+        return independent(taps * channels * (variance + mean**2), taps, mean, channels)
     return independent(1.0 / 3.0, taps)
