@@ -1,3 +1,4 @@
+from .diagnose import Diagnosis, Finding, diagnose
 from .measure import spp
 from .plot import plot_signals
 from .predict import PredictionError, predict_spp
@@ -6,9 +7,12 @@ from .theory import register_rule
 from .theory.declared import without_weights
 
 __all__ = [
+    "Diagnosis",
+    "Finding",
     "PredictionError",
     "SignalPoint",
     "SignalPropagation",
+    "diagnose",
     "plot_signals",
     "predict_spp",
     "register_rule",

@@ -79,7 +79,7 @@ class Grid:
         lengths = [len(axis) for axis in self.axes]
         index, valid = np.zeros((1, 1), dtype=np.intp), np.ones((1, 1), dtype=bool)
         for table, length in zip(per_axis, lengths, strict=True):
-            rows, taps = index.shape
+            rows = len(index)
             index = (index[:, None, :, None] * length + table[None, :, None, :]).reshape(rows * table.shape[0], -1)
             valid = (valid[:, None, :, None] & (table >= 0)[None, :, None, :]).reshape(rows * table.shape[0], -1)
         return np.where(valid, index, self.cells)

@@ -56,9 +56,7 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         within = within_in @ taps * (gain / max(float(taps.sum()), 1e-300))
     cross += mean_in @ weight.sums @ mean_in.T - np.outer(mean, mean)
     valid = (table < source.cells).astype(float) @ taps
-    result = State(
-        target, mean + weight.bias_mean, cross + weight.bias_variance, np.maximum(within, 0.0), near, far
-    )
+    result = State(target, mean + weight.bias_mean, cross + weight.bias_variance, np.maximum(within, 0.0), near, far)
     return result, float(target.share @ valid)
 
 
@@ -128,13 +126,12 @@ def _transposed(call: Call, state: State) -> State:
 
     Positions are taken as alike, which is exact for the average second moment.
     """
-    x, weight, bias, stride = call.args[:4]
+    x, weight, bias = call.args[:3]
     groups = call.args[8]
     if weight.is_meta:
         shape = (weight.shape[1] * groups, weight.shape[0] // groups, *weight.shape[2:])
         declared = of_declared(shape, call.module).scaled(call.output_scale)
-        squares, row_sum, share = float(declared.taps.sum()), 0.0, 1.0
-        per_output = squares * share if declared.mean.any() else squares
+        per_output, row_sum = float(declared.taps.sum()), float(declared.mean.sum())
     else:
         rows = weight.detach().double().flatten(2)  # (in, out / groups, taps)
         per_group = rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
@@ -215,7 +212,3 @@ def window_of(call: Call, x: Tensor, kernel: Any, stride: Any, padding: Any, dil
         _spread(dilation, dims),
         _spread(padding, dims),
     )
-
-
-def product(values: Sequence[int]) -> int:
-    return math.prod(values)

@@ -53,9 +53,7 @@ def batch_norm(call: Call) -> State:
     diagonal = np.maximum(np.diagonal(cross), 0.0)
     np.fill_diagonal(cross, diagonal)
     within = np.maximum(total - mean**2 - diagonal, 0.0)
-    result, second = _affine(
-        state.with_moments(mean, cross, within, shape=state.standardised()), weight, bias
-    )
+    result, second = _affine(state.with_moments(mean, cross, within, shape=state.standardised()), weight, bias)
     # the mean of the gradient and its component along the output go
     left = max(1.0 - 2.0 / max(call.examples * state.grid.positions, 2), 0.0)
     call.flow(x, scale * second * left, centred=True)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.special import log_ndtr, ndtri_exp
-from torch import Tensor
 
 from .grid import Array, Grid, Window
-from .linear import _near_many, _spread, window_of
-from .rules import Call, NoRule, broadcast, regrid, rules
-from .state import _NODES, _WEIGHTS, State, offsets_of, standardise, weighted_quantiles, window_shape
+from .linear import _near_many, window_of
+from .rules import Call, NoRule, regrid, rules
+from .state import _HERMITE, _NODES, _WEIGHTS, State, offsets_of, standardise, weighted_quantiles, window_shape
 
 # ---------------------------------------------------------------- averages
 
@@ -153,7 +151,7 @@ def maximum(state: State, window: Window) -> State:
         if key not in pairs:
             pairs[key] = _largest(curve, int(n), correlation)
         mean[cell], variance[cell], conditional, sample = pairs[key]
-        coefficients = conditional @ _hermite_of_nodes()
+        coefficients = conditional @ _HERMITE
         squares = coefficients**2
         squares[0] = 0.0
         common[cell] = float(np.polynomial.polynomial.polyval(shared, squares))
@@ -185,15 +183,17 @@ def _latent_levels(state: State, difference: Array) -> tuple[float, float]:
     return float((near.sum() - np.trace(near)) / (taps * (taps - 1))), across
 
 
-def _hermite_of_nodes() -> Array:
-    from .state import _HERMITE
+@lru_cache(maxsize=256)
+def _top(count: int) -> Array:
+    """The latent's quantiles of the largest of so many independent ones: Φ(top)^count = Φ(node)."""
+    from scipy.special import log_ndtr, ndtri_exp
 
-    return _HERMITE
+    return ndtri_exp(log_ndtr(_NODES) / count)
 
 
 def _largest(curve: Array, n: int, correlation: float) -> tuple[float, float, Array, Array]:
     """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n."""
-    top = ndtri_exp(log_ndtr(_NODES) / n)
+    top = _top(n)
     if correlation < 1e-9:
         values = np.interp(top, _NODES, curve)
         average = float(_WEIGHTS @ values)
@@ -235,12 +235,9 @@ def _overlap_correlation(n: int, held: int) -> float:
     if held == 0:
         return 0.0
 
-    def top(count: int) -> Array:
-        return ndtri_exp(log_ndtr(_NODES) / count)
-
-    common, rest = top(held), top(n - held)
+    common, rest = _top(held), _top(n - held)
     conditional = np.maximum(common[:, None], rest[None, :]) @ _WEIGHTS
-    whole = top(n)
+    whole = _top(n)
     average = _WEIGHTS @ whole
     return float((_WEIGHTS @ conditional**2 - average**2) / (_WEIGHTS @ whole**2 - average**2))
 
@@ -313,8 +310,8 @@ def valid_pad(call: Call) -> State:
     return regrid(call.state(x, x.shape[2:]), tuple(call.result.shape[2:]))
 
 
-@rules("upsample_nearest2d", "upsample_nearest1d", "upsample_nearest3d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
-       "upsample_bicubic2d")  # fmt: skip
+@rules("upsample_nearest2d", "upsample_nearest1d", "upsample_nearest3d", "upsample_bilinear2d",
+       "_upsample_bilinear2d_aa", "upsample_bicubic2d")  # fmt: skip
 def upsample(call: Call) -> State:
     """Nearest: copies. Bilinear: a mean of two neighbours per axis, of variance 2/3 on average if uncorrelated."""
     x = call.args[0]
@@ -402,7 +399,8 @@ def bmm(call: Call) -> State:
     if not (call.is_activation(left) and call.is_activation(right)):
         raise NoRule("it multiplies activations by a parameter along positions")
     first, second = call.raw_state(left), call.raw_state(right)
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     if first.simplex is not None:
         return attended(second, first.simplex, left.shape[-1])
     variance = left.shape[-1] * first.second_moment * second.second_moment
@@ -426,11 +424,9 @@ def softmax(call: Call) -> State:
        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention")  # fmt: skip
 def fused_attention(call: Call) -> State:
     query, key, value = call.args[:3]
-    states = [call.raw_state(tensor) for tensor in (query, key, value)]
-    if any(state is None for state in states):
+    q, k, v = (call.raw_state(tensor) for tensor in (query, key, value))
+    if q is None or k is None or v is None:
         raise NoRule("one of its inputs is not known")
-    q, k, v = states
-    assert q is not None and k is not None and v is not None
     scale = call.kwargs.get("scale") or query.shape[-1] ** -0.5
     variance = query.shape[-1] * q.second_moment * k.second_moment * scale**2
     count = key.shape[-2]
@@ -461,7 +457,3 @@ def identity_of(call: Call) -> State:
     assert state is not None
     call.flow(call.args[0], 1.0)
     return state
-
-
-__all__ = ["averaged", "broadcast", "global_average", "joined", "maximum"]
-_ = (itertools, Tensor, _spread)

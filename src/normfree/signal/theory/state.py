@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from scipy.special import ndtr
 
 from .grid import Array, Grid
 
@@ -349,7 +348,9 @@ def _mehler_pairs(coefficients: Array, tail: Array, correlation: Array) -> Array
         column = coefficients[:, k]
         total += column[:, None] * column
         total *= correlation
-    return total if largest < 0.5 else total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
+    return (
+        total if largest < 0.5 else total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
+    )
 
 
 def sum_shape(first: State, second: State) -> Array | None:
@@ -376,6 +377,8 @@ def standardise(values: Array) -> Array | None:
 
 def weighted_quantiles(values: Array, weights: Array) -> Array:
     """(nodes,): the quantiles of a weighted sample at the normal distribution's levels of the nodes."""
+    from scipy.special import ndtr
+
     order = np.argsort(values, kind="stable")
     level = np.cumsum(weights[order]) - 0.5 * weights[order]
     return np.interp(ndtr(_NODES), level, values[order])
