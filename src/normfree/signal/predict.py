@@ -323,6 +323,9 @@ class PredictedTrace(Trace):
         state = None if node is None else node.state
         if state is None:
             return _moments_of(float("nan"), float("nan"))
+        sizes = tuple(n for place, n in enumerate(tensor.shape) if place not in (0, axis % tensor.ndim))
+        if torch.Size(sizes).numel() != state.grid.positions:  # positions that became channels, or of which one is left
+            state = regrid(state, sizes)
         return _moments_of(*state.statistics(self.examples))
 
     def _want_gradient(self, tensor: Tensor, holder: Any, attribute: str, axis: int) -> None:

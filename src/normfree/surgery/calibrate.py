@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..signal.predict import PredictedTrace, predict_spp, propagate
 from ..signal.propagation import SignalPropagation
 
 Method = Literal["theory", "data"]
+Model = TypeVar("Model", bound=nn.Module)
 _EXAMPLES = 256  # for the theory, which then gives the variance over very many examples
 _SMALLEST = 1e-12
 
@@ -63,13 +64,13 @@ class CalibrationReport:
 
 
 def calibrate(
-    model: nn.Module,
+    model: Model,
     inputs: Any = None,
     *,
     input_shape: Sequence[int] | None = None,
     method: Method | None = None,
     max_batches: int | None = None,
-) -> nn.Module:
+) -> Model:
     """A copy of a normaliser-free model whose block inputs and branches have the variance that they were designed for.
 
     Every layer of this library that carries a scaled weight is set, in the order of execution, so that its output
@@ -95,13 +96,13 @@ def calibrate(
 
 
 def calibrated(
-    model: nn.Module,
+    model: Model,
     inputs: Any = None,
     *,
     input_shape: Sequence[int] | None = None,
     method: Method | None = None,
     max_batches: int | None = None,
-) -> tuple[nn.Module, CalibrationReport]:
+) -> tuple[Model, CalibrationReport]:
     """As :func:`calibrate`, with the report."""
     if method is None:
         method = "data" if inputs is not None else "theory"

@@ -121,10 +121,37 @@ class Window:
         return _window_table(self)
 
     @property
+    def coverage(self) -> Array:
+        """(output cells, taps): of the real positions that a cell stands for, the share whose tap is on the map.
+
+        Only where a window reaches further than the cells at an edge does this differ from what ``table`` shows.
+        """
+        return _window_coverage(self)
+
+    @property
     def offsets(self) -> list[tuple[int, ...]]:
         """Per tap, in storage order, where it reads relative to the first one."""
         spans = (range(0, k * d, d) for k, d in zip(self.kernel, self.dilation, strict=True))
         return list(itertools.product(*spans))
+
+
+@lru_cache(maxsize=1024)
+def _window_coverage(window: Window) -> Array:
+    target = Grid(window.outputs)
+    coverage = np.ones((1, 1))
+    for axis, (size, length, k, s, d, b) in enumerate(
+        zip(window.inputs, window.outputs, window.kernel, window.stride, window.dilation, window.before, strict=True)
+    ):
+        reads = np.arange(length)[:, None] * s - b + np.arange(k) * d
+        valid = ((reads >= 0) & (reads < size)).astype(float)
+        edge = target.edge
+        if length > 2 * edge + 1:
+            middle = valid[edge : length - edge].mean(axis=0, keepdims=True)
+            valid = np.concatenate([valid[:edge], middle, valid[length - edge :]])
+        assert len(valid) == len(target.axes[axis])
+        rows, taps = coverage.shape
+        coverage = (coverage[:, None, :, None] * valid[None, :, None, :]).reshape(rows * len(valid), taps * k)
+    return coverage
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,17 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
     taps = weight.taps
     padded = np.zeros((source.cells + 1, source.cells + 1))
     padded[:-1, :-1] = state.cross
-    mean_in = np.append(state.mean, 0.0)[table]  # (cells, taps)
+    coverage = window.coverage
+    root = np.sqrt(coverage)
+    mean_in = np.append(state.mean, 0.0)[table] * coverage  # (cells, taps)
     mean = mean_in @ weight.mean
-    within_in = np.append(state.within, 0.0)[table]
+    within_in = np.append(state.within, 0.0)[table] * coverage
     cross = np.zeros((target.cells, target.cells))
     near_in = state.near
     if weight.pairs.ndim == 1:
         if state.cross.any():
             for tap, square in enumerate(taps):
-                cross += square * padded[np.ix_(table[:, tap], table[:, tap])]
+                cross += square * np.outer(root[:, tap], root[:, tap]) * padded[np.ix_(table[:, tap], table[:, tap])]
         within = within_in @ taps
         near, far = _strided_near(near_in, state, target, window.stride)
     else:
@@ -55,9 +58,32 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         near, far, gain = _mixed_near(state, target, window, weight.pairs)
         within = within_in @ taps * (gain / max(float(taps.sum()), 1e-300))
     cross += mean_in @ weight.sums @ mean_in.T - np.outer(mean, mean)
-    valid = (table < source.cells).astype(float) @ taps
-    result = State(target, mean + weight.bias_mean, cross + weight.bias_variance, np.maximum(within, 0.0), near, far)
+    scatter = _scatter(target, window, weight.channels)
+    valid = coverage @ taps
+    result = State(
+        target,
+        mean + weight.bias_mean,
+        cross + weight.bias_variance,
+        np.maximum(within, 0.0),
+        near,
+        far,
+        scatter=scatter,
+    )
     return result, float(target.share @ valid)
+
+
+def _scatter(target: Grid, window: Window, channels: int) -> Array | None:
+    """Variance over filters of the correlation of their outputs, for white input: Σ_ct W_ct W_c,t+d has variance
+    C · overlap(d) σ⁴ for independent weights, against (C T σ²)² of the variance squared."""
+    if not channels or window.taps == 1 or not window.kernel:
+        return None
+    counts = np.ones(())
+    for taps, step, spread, length in zip(
+        window.kernel, window.stride, window.dilation, window_shape(target), strict=True
+    ):
+        shift = np.abs(np.arange(length) - length // 2) * step
+        counts = np.multiply.outer(counts, np.where(shift % spread == 0, np.maximum(taps - shift // spread, 0), 0))
+    return counts / (channels * float(window.taps) ** 2)
 
 
 def _strided_near(near: Array, state: State, target: Grid, stride: Sequence[int]) -> tuple[Array, float]:
@@ -98,7 +124,7 @@ def weight_moments(call: Call, weight: Tensor, bias: Any) -> WeightMoments:
         moments = of_tensor(weight)
     if isinstance(bias, Tensor) and not bias.is_meta:
         mean, variance = float(bias.double().mean()), float(bias.double().var(unbiased=False))
-        return WeightMoments(moments.pairs, moments.sums, moments.mean, mean, variance)
+        return replace(moments, bias_mean=mean, bias_variance=variance)
     return moments
 
 
@@ -122,22 +148,24 @@ def convolution(call: Call) -> State:
 
 
 def _transposed(call: Call, state: State) -> State:
-    """Each output reads the taps of its phase: 1/stride of them on average, fewer at the edges.
+    """Each output reads the taps of its phase: 1/stride of them on average, fewer at the edges, counted exactly.
 
     Positions are taken as alike, which is exact for the average second moment.
     """
+    used = _used_taps(call)
     x, weight, bias = call.args[:3]
     groups = call.args[8]
     if weight.is_meta:
         shape = (weight.shape[1] * groups, weight.shape[0] // groups, *weight.shape[2:])
         declared = of_declared(shape, call.module).scaled(call.output_scale)
-        per_output, row_sum = float(declared.taps.sum()), float(declared.mean.sum())
+        # the declared row is one phase's: all taps together hold ``stride`` times as much
+        phases = math.prod(_spread(call.args[3], weight.ndim - 2))
+        per_output, row_sum = float(declared.taps.sum()) * phases * used, float(declared.mean.sum()) * phases * used
     else:
         rows = weight.detach().double().flatten(2)  # (in, out / groups, taps)
         per_group = rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
-        contributions = x[0, 0].numel() / max(call.result[0, 0].numel(), 1)
-        per_output = float(per_group.square().sum(dim=(1, 3)).mean()) * contributions
-        row_sum = float(per_group.sum(dim=(1, 3)).mean()) * contributions
+        per_output = float(per_group.square().sum(dim=(1, 3)).mean()) * used
+        row_sum = float(per_group.sum(dim=(1, 3)).mean()) * used
     share = state.grid.share
     mean = float(share @ state.mean)
     cross = float(share @ np.diagonal(state.cross))
@@ -156,6 +184,19 @@ def _transposed(call: Call, state: State) -> State:
         per_output * within * ones,
         fresh.near,
     )
+
+
+def _used_taps(call: Call) -> float:
+    """Mean over outputs of the share of all taps that an output reads."""
+    x, weight = call.args[:2]
+    dims = weight.ndim - 2
+    stride, padding, dilation = (_spread(value, dims) for value in call.args[3:6])
+    used = 1.0
+    for axis in range(dims):
+        n, m, k = x.shape[2 + axis], call.result.shape[2 + axis], weight.shape[2 + axis]
+        lands = np.arange(n)[:, None] * stride[axis] - padding[axis] + np.arange(k) * dilation[axis]
+        used *= float(((lands >= 0) & (lands < m)).sum()) / (k * m)
+    return used
 
 
 @rules("addmm")

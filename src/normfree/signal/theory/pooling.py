@@ -11,7 +11,7 @@ import numpy as np
 from .grid import Array, Grid, Window
 from .linear import _near_many, window_of
 from .rules import Call, NoRule, regrid, rules
-from .state import _HERMITE, _NODES, _WEIGHTS, State, offsets_of, standardise, weighted_quantiles, window_shape
+from .state import _HERMITE, _NODES, _WEIGHTS, State, delta, offsets_of, standardise, weighted_quantiles, window_shape
 
 # ---------------------------------------------------------------- averages
 
@@ -158,10 +158,38 @@ def maximum(state: State, window: Window) -> State:
         shapes.append(sample)
     deviation = np.sqrt(np.maximum(common, 0.0))
     cross = np.outer(deviation, deviation)
+    scattered = _scattered_mean(state, window, curves[int(np.argmax(target.share))])
+    cross += scattered
+    common = common + scattered
     within = np.maximum(variance - common, 0.0)
     near, far = _overlap(state, window, target, variance, common, pairs, correlation)
     shape = standardise(target.share @ np.array(shapes))
     return State(target, mean, cross, within, near, far, shape)
+
+
+def _scattered_mean(state: State, window: Window, curve: Array) -> float:
+    """Variance over channels of the mean of the largest, because filters of a small fan-in differ in smoothness.
+
+    The neighbours' correlation of a channel's own output scatters about its average (``scatter``), and the mean of
+    the largest falls as it grows: the variance is the slope squared times that of the window's average correlation.
+    """
+    if state.scatter is None or window.taps == 1:
+        return 0.0
+    steps = np.array(window.offsets)
+    offsets = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
+    _, counts = np.unique(offsets, axis=0, return_counts=True)
+    unique = np.unique(offsets, axis=0)
+    pairs = window.taps * (window.taps - 1)
+    variance = 0.0
+    for offset, count in zip(unique, counts, strict=True):
+        if offset.any():
+            index = tuple(int(d) + n // 2 for d, n in zip(offset, state.scatter.shape, strict=True))
+            inside = all(0 <= i < n for i, n in zip(index, state.scatter.shape, strict=True))
+            # an offset and its opposite are one correlation
+            variance += 2.0 * (count / pairs) ** 2 * (float(state.scatter[index]) if inside else 0.0)
+    step = 0.02
+    slope = (_largest(curve, window.taps, step)[0] - _largest(curve, window.taps, 0.0)[0]) / step
+    return variance * slope**2
 
 
 def _increasing(state: State) -> Array:
@@ -424,7 +452,7 @@ def softmax(call: Call) -> State:
        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention")  # fmt: skip
 def fused_attention(call: Call) -> State:
     query, key, value = call.args[:3]
-    q, k, v = (call.raw_state(tensor) for tensor in (query, key, value))
+    q, k, v = call.raw_state(query), call.raw_state(key), call.raw_state(value)
     if q is None or k is None or v is None:
         raise NoRule("one of its inputs is not known")
     scale = call.kwargs.get("scale") or query.shape[-1] ** -0.5
@@ -440,8 +468,7 @@ def attended(values: State, simplex: float, count: int) -> State:
     pooled = values.pooled_near()
     level = float(share @ values.within)
     own = pooled + (1.0 - pooled) * simplex / max(count, 1)
-    near = np.full(values.near.shape, pooled / max(own, 1e-30))
-    near[tuple(n // 2 for n in near.shape)] = 1.0
+    near = np.where(delta(values.grid) == 1.0, 1.0, pooled / max(own, 1e-30))
     return State(
         values.grid,
         float(share @ values.mean) * ones,

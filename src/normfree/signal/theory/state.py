@@ -84,6 +84,7 @@ class State:
         near: W by offset, relative to w: 1 in the middle; odd sizes.
         far: W beyond the last offset, relative to w.
         shape: (nodes,), the standardised distribution's quantiles at the nodes; None for a Gaussian.
+        scatter: variance over channels of the correlation of neighbours, by offset as ``near``; None for nothing.
         parts: which independent sources it is the sum of, and with what coefficient.
         padding: −∞ in front of and behind every axis, put there for a max-pool to come.
         simplex: entropy-like summary of attention weights: E[Σ_j a_j²] · positions; None for anything else.
@@ -97,6 +98,7 @@ class State:
     far: float = 0.0
     shape: Array | None = None
     parts: dict[State, float] = field(default_factory=dict, repr=False)
+    scatter: Array | None = field(default=None, repr=False)
     padding: tuple[tuple[int, int], ...] = ()
     simplex: float | None = None
     _latent: Latent | None = field(default=None, repr=False)
@@ -126,7 +128,13 @@ class State:
 
     def with_moments(self, mean: Array, cross: Array, within: Array, **changes: object) -> State:
         """A new source on the same grid, Gaussian unless a ``shape`` is given."""
-        options: dict[str, object] = {"near": self.near, "far": self.far, "simplex": None, **changes}
+        options: dict[str, object] = {
+            "near": self.near,
+            "far": self.far,
+            "scatter": self.scatter,
+            "simplex": None,
+            **changes,
+        }
         return State(self.grid, mean, cross, within, **options)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- moments
@@ -251,6 +259,7 @@ class State:
             self.far,
             shape,
             {source: coefficient * factor for source, coefficient in self.parts.items()},
+            self.scatter,
             self.padding,
             None,
             self.latent,
@@ -320,7 +329,7 @@ def from_values(base: State, values: Array, latent: Latent) -> State:
     far = float((_series(terms, tail_square, np.array(latent.far)) - common) / own)
     near[tuple(n // 2 for n in near.shape)] = 1.0  # also for the () of a pooled activation
     within = variance - np.diagonal(cross)
-    return State(base.grid, mean, cross, within, near, far, None, {}, (), None, latent, values)
+    return State(base.grid, mean, cross, within, near, far, None, {}, base.scatter, (), None, latent, values)
 
 
 def _mehler(coefficients: Array, variance: float, correlation: Array) -> Array:

@@ -34,7 +34,7 @@ _TOGETHER = 0.05  # the same for the sum of all covariances
 class WeightMoments:
     """A, B and b of a weight, and the mean and the variance of the bias; see the module's text.
 
-    ``pairs`` is A: (taps,) if it is diagonal, else (taps, taps).
+    ``pairs`` is A: (taps,) if it is diagonal, else (taps, taps). ``channels`` is C, 0 if unknown.
     """
 
     pairs: Array
@@ -42,6 +42,7 @@ class WeightMoments:
     mean: Array
     bias_mean: float = 0.0
     bias_variance: float = 0.0
+    channels: int = 0
 
     @property
     def taps(self) -> Array:
@@ -57,6 +58,7 @@ class WeightMoments:
             self.mean * factor,
             self.bias_mean * factor,
             self.bias_variance * square,
+            self.channels,
         )
 
 
@@ -80,24 +82,24 @@ def of_tensor(weight: Tensor) -> WeightMoments:
     pairs = torch.einsum("otc,osc->ts", flat, flat).double().numpy() / out if taps <= 128 else None
     if pairs is None or _is_diagonal(pairs, out * channels):
         pairs = rows.square().sum(dim=(0, 1)).double().numpy() / out
-    return WeightMoments(pairs, (sums.T @ sums / out).numpy(), sums.mean(dim=0).numpy())
+    return WeightMoments(pairs, (sums.T @ sums / out).numpy(), sums.mean(dim=0).numpy(), channels=channels)
 
 
-def independent(row_squares: float, taps: int, mean: float = 0.0, channels: int = 1) -> WeightMoments:
+def independent(row_squares: float, taps: int, channels: int, mean: float = 0.0) -> WeightMoments:
     """Of independent weights: ``row_squares`` is the expected sum of squares of a row."""
     diagonal = np.full(taps, row_squares / taps)
     common = np.full(taps, mean * channels)
-    return WeightMoments(diagonal, np.diag(diagonal) + np.outer(common, common), common)
+    return WeightMoments(diagonal, np.diag(diagonal) + np.outer(common, common), common, channels=channels)
 
 
 def zero_sum(row_squares: float, taps: int, channels: int) -> WeightMoments:
     """Of standardized weights, whose rows of N elements sum to zero: Cov(W_j, W_k) = s² (δ_jk − 1/N) / (N − 1)."""
     fan_in = taps * channels
     if fan_in == 1:
-        return independent(0.0, 1)
+        return independent(0.0, 1, 1)
     pairs = channels * row_squares * (np.eye(taps) - 1.0 / fan_in) / (fan_in - 1)
     sums = np.eye(taps) * row_squares / taps - row_squares / taps**2
-    return WeightMoments(np.diagonal(pairs) if _is_diagonal(pairs) else pairs, sums, np.zeros(taps))
+    return WeightMoments(np.diagonal(pairs) if _is_diagonal(pairs) else pairs, sums, np.zeros(taps), channels=channels)
 
 
 def _is_diagonal(pairs: Array, samples: int | None = None) -> bool:
@@ -122,10 +124,10 @@ def of_declared(shape: tuple[int, ...], module: nn.Module | None) -> WeightMomen
     taps, channels = math.prod(shape[2:]), shape[1]
     if isinstance(module, DeclaresWeight):
         row_squares, sums_to_zero = module.declared_weight()
-        return zero_sum(row_squares, taps, channels) if sums_to_zero else independent(row_squares, taps)
+        return zero_sum(row_squares, taps, channels) if sums_to_zero else independent(row_squares, taps, channels)
     own = getattr(module, "weight", None)
     noted = declared_moments(own) if isinstance(own, Tensor) else None
     if noted is not None:
         mean, variance = noted
-        return independent(taps * channels * (variance + mean**2), taps, mean, channels)
-    return independent(1.0 / 3.0, taps)
+        return independent(taps * channels * (variance + mean**2), taps, channels, mean)
+    return independent(1.0 / 3.0, taps, channels)
