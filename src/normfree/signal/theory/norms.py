@@ -34,7 +34,7 @@ def batch_norm(call: Call) -> State:
     U'(p, p') = (U(p, p') − c(p) − c(p') + mean of c) / (V + eps).
     """
     x, weight, bias = call.args[:3]
-    state = call.state(x)
+    state = call.state(x, x.shape[2:])
     short = call.func._schema.name == "aten::_native_batch_norm_legit_no_training"
     training = False if short else bool(call.args[5])
     eps = float(call.args[6] if short else call.args[7])
@@ -80,7 +80,9 @@ def _with_running_statistics(call: Call, state: State, eps: float) -> State:
 def layer_norm(call: Call) -> State:
     """Over channels, position by position: m goes and K + w becomes 1. Over a whole map, see GroupNorm."""
     x, normalized, weight = call.args[:3]
-    state = call.state(x)
+    state = call.raw_state(x)
+    if state is None:
+        raise NoRule("its input is not known")
     if len(normalized) > 1 and state.grid.positions > 1:
         return _group_norm(call, x, state, int(np.prod(normalized)), weight, call.args[3], float(call.args[4]))
     if call.func._schema.name != "aten::native_layer_norm":
@@ -101,7 +103,7 @@ def layer_norm(call: Call) -> State:
 @rules("native_group_norm")
 def group_norm(call: Call) -> State:
     x, weight, bias, _, channels, _, groups, eps = call.args[:8]
-    return _group_norm(call, x, call.state(x), channels // groups, weight, bias, float(eps))
+    return _group_norm(call, x, call.state(x, x.shape[2:]), channels // groups, weight, bias, float(eps))
 
 
 def _group_norm(call: Call, x: Tensor, state: State, channels: int, weight: Any, bias: Any, eps: float) -> State:

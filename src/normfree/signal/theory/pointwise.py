@@ -36,7 +36,7 @@ def pointwise(call: Call) -> State:
     others = [tensor for tensor in tensors if not call.is_activation(tensor) and tensor.numel() > 1]
     if len(operands) > 1 and others:
         raise NoRule("it combines activations and parameters")
-    states = _on_one_map([call.state(tensor) for tensor in operands])
+    states = _on_one_map(call, operands)
     name = call.func._schema.name.removeprefix("aten::").removesuffix("_")
     if len(operands) == 1 and others and name in ("add", "sub", "mul", "div"):
         return _with_parameter(call, name, operands[0], states[0])
@@ -183,7 +183,13 @@ def _widened(state: State, variance: float) -> Array | None:
     return sum_shape(state, normal.scaled(variance**0.5))
 
 
-def _on_one_map(states: list[State]) -> list[State]:
+def _on_one_map(call: Call, operands: Sequence[Tensor]) -> list[State]:
+    """The operands' states as they are if they lie on one map, whatever the tensors' axes are taken for."""
+    raw = [call.raw_state(tensor) for tensor in operands]
+    states = [state for state in raw if state is not None]
+    if len({state.grid.sizes for state in states}) == 1 and len(states) == len(operands):
+        return states
+    states = [call.state(tensor) for tensor in operands]
     largest = max(states, key=lambda state: state.grid.positions).grid
     laid_out = []
     for state in states:
