@@ -40,7 +40,7 @@ def test_models_list_and_cost() -> None:
     assert code == 0
     assert "nf_resnet600" in out
     assert "resnetv2_600" in out
-    code, out, _ = run("models", "resnetv1_50", "--cost", "--json")
+    _, out, _ = run("models", "resnetv1_50", "--cost", "--json")
     assert json.loads(out)[0]["parameters"] == 25557032
 
 
@@ -63,10 +63,31 @@ def test_spp_is_reproducible_and_reads_images(tmp_path: Path) -> None:
     assert first[0] == 0
     assert "nf_resnet26: 9 points, 2 examples" in first[1]
     assert run("spp", "nf_resnet26", *SMALL, "--input", tmp_path) == first
-    code, out, err = run("spp", "nf_resnet26", *SMALL, "--input", tmp_path, "--batches", "2")
+    _, out, err = run("spp", "nf_resnet26", *SMALL, "--input", tmp_path, "--batches", "2")
     assert "9 points, 3 examples" in out
     assert "note: 1 of 4 files skipped" in out
     assert "nf_resnet26: batch 2" in err
+
+
+def test_predict_needs_no_weights_and_lies_over_what_is_measured(tmp_path: Path) -> None:
+    code, out, _ = run("predict", "nf_resnet26", "resnetv2_26", *SMALL, "--json")
+    assert code == 0
+    predicted = json.loads(out)[0]
+    assert predicted["label"] == "nf_resnet26 (predicted)"
+    code, out, _ = run("spp", "nf_resnet26", *SMALL, "--predicted", "--json", "--out", tmp_path / "both.png")
+    assert code == 0
+    assert [signal["label"] for signal in json.loads(out)] == ["nf_resnet26 (predicted)", "nf_resnet26"]
+    names = [[point["name"] for point in signal["points"]] for signal in json.loads(out)]
+    assert names[0] == names[1] == [point["name"] for point in predicted["points"]]
+
+
+def test_diagnose_in_words_and_json() -> None:
+    code, out, _ = run("diagnose", "torchvision:resnet18", "--size", "64", "--without-norm")
+    assert code == 0
+    assert out.startswith("torchvision:resnet18 without normalisation: ")
+    code, out, _ = run("diagnose", "nf_resnet26", "--size", "64", "--batch", "4", "--measured", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["label"] == "nf_resnet26"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +106,9 @@ def test_spp_is_reproducible_and_reads_images(tmp_path: Path) -> None:
         (["spp", "nf_resnet26", "--device", "nonsense"], "device"),
         (["spp", "torch.nn:Identity"], "neither an addition"),
         (["spp", "failing.py:Net", "--size", "8"], "boom (in module 'inner')"),
+        (["predict", "nf_resnet5"], "did you mean nf_resnet50"),
+        (["predict", "failing.py:Net", "--size", "8"], "inner"),
+        (["diagnose", "nf_resnet26", "--without-norm"], "no normalisation layer"),
         (["gain", "reul"], "did you mean relu"),
         (["gain", "threshold"], "threshold"),
         (["models", "no_such*"], "no model matches"),
@@ -112,7 +136,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_help_of_every_command() -> None:
-    for command in ("models", "gain", "spp", "reproduce"):
+    for command in ("models", "gain", "spp", "predict", "diagnose", "reproduce"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "--" in out

@@ -221,7 +221,7 @@ def test_exponential_linear_alphas(alpha):
         (nn.Dropout(0.5), lambda z: z, []),
         (nn.SiLU(inplace=True), SCALAR_FUNCTIONS["silu"][0], []),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, nn.Module) else "",
 )
 def test_modules_at_their_parameters(module, function, kinks):
     assert nf.gain(module) == pytest.approx(reference_gain(function, kinks), rel=1e-9)

@@ -61,4 +61,5 @@ def test_files_with_errors_in_them(tmp_path: Path, text: str, message: str) -> N
 def test_the_input_size_that_a_model_was_made_for() -> None:
     assert input_size(load_model("timm:botnet26t_256")) == (3, 256, 256)
     assert input_size(load_model("nf_resnet26", width=0.25, in_channels=1)) == (1, 224, 224)
+    assert input_size(load_model("nf_regnet_b1")) == (3, 256, 256)
     assert input_size(nn.Identity()) == (3, 224, 224)

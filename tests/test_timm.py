@@ -81,7 +81,7 @@ def test_features_only(name: str, feature_cls: str, timm: ModuleType) -> None:
 def test_the_data_configuration_reaches_timm(timm: ModuleType) -> None:
     model = create(timm, "nf_regnet_b0")
     resolved = timm.data.resolve_model_data_config(model)
-    data = nf.models.model_entry("nf_regnet_b0").data
+    data = nf.data_config("nf_regnet_b0")
     assert resolved["input_size"] == (3, data.train_size, data.train_size)
     assert resolved["crop_pct"] == data.crop_fraction
     assert resolved["mean"] == data.mean

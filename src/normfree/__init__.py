@@ -18,7 +18,7 @@ from .layers import (
     WSConvTranspose3d,
     WSLinear,
 )
-from .models import batchnorm_twin, create_model, list_models
+from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
 from .signal import (
     Diagnosis,
     Finding,
@@ -50,6 +50,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "CalibrationReport",
     "CheckpointError",
+    "DataConfig",
     "Diagnosis",
     "EfficientChannelAttention",
     "Finding",
@@ -74,6 +75,7 @@ __all__ = [
     "calibrate",
     "calibrated",
     "create_model",
+    "data_config",
     "diagnose",
     "from_pretrained",
     "from_timm",

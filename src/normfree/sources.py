@@ -13,6 +13,7 @@ from torch import nn
 
 from ._torchvision import import_timm, import_torchvision
 from .models import create_model, list_models
+from .models.network import ModelInfo
 
 DEFAULT_INPUT_SIZE = (3, 224, 224)
 
@@ -52,8 +53,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
         if size is not None and len(size) == 3:
             return (int(size[0]), int(size[1]), int(size[2]))
     info = getattr(model, "info", None)
-    channels = getattr(info, "options", {}).get("in_channels", 3) if info is not None else 3
-    return (channels, *DEFAULT_INPUT_SIZE[1:])
+    if not isinstance(info, ModelInfo):
+        return DEFAULT_INPUT_SIZE
+    return (info.options.get("in_channels", 3), info.data.test_size, info.data.test_size)
 
 
 def _ours(name: str, options: dict[str, Any]) -> nn.Module:

@@ -15,7 +15,7 @@ from normfree.experiments.first_figures import Scale, figure1, figure2
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_figures, "QUICK", Scale(depth=101, pixels=128, batch_size=2))
+    monkeypatch.setattr(first_figures, "QUICK", Scale(depth=50, pixels=512, batch_size=1))
 
 
 def test_figure1_bears_the_claims_out(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_figure1_bears_the_claims_out(tmp_path: Path) -> None:
     data = json.loads(written[1].read_text())
     assert data["settings"]["seed"] == 0
     assert len(data["signals"]) == 2
-    assert len(written[2].read_text().splitlines()) == 1 + 2 * 34
+    assert len(written[2].read_text().splitlines()) == 1 + 2 * 17
 
 
 def test_figure2_bears_the_claims_out() -> None:

@@ -70,10 +70,10 @@ def test_the_twin_has_the_same_topology(name: str) -> None:
 
 
 def test_the_data_configuration_travels_with_the_name_and_the_model() -> None:
-    entry = nf.models.model_entry("nf_regnet_b3")
-    assert (entry.data.train_size, entry.data.test_size, entry.defaults()["drop_rate"]) == (288, 320, 0.3)
+    data = nf.data_config("nf_regnet_b3")
+    assert (data.train_size, data.test_size) == (288, 320)
     model = on_meta("nf_regnet_b3")
-    assert model.info.data == entry.data
+    assert model.info.data == data
     assert model.head.dropout.p == 0.3
 
 

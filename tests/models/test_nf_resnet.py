@@ -127,7 +127,7 @@ def reference_forward(model, x, gamma, alpha, padding, shortcut="strided", activ
         ("nf_resnet26", {"activation": "gelu", "gain_source": "published"}, F.gelu),
         ("nf_resnet26", {"shortcut": "avgpool"}, torch.relu),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_is_the_one_in_the_paper(name, options, activation, training):

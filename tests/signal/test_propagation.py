@@ -98,7 +98,7 @@ def test_plots_of_non_finite_signals(tmp_path: Path) -> None:
 def test_bad_plot_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ending in"):
         SIGNAL.plot(tmp_path / "spp.jpg")
-    with pytest.raises(ValueError, match="three|3 axes"):
+    with pytest.raises(ValueError, match="3 axes"):
         SIGNAL.plot(list(Figure().subplots(1, 2)))
     with pytest.raises(ValueError, match="at least one"):
         nf.plot_signals([], tmp_path / "x.png")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..padding import MaxPool2dSame
-from .data_config import DataConfig
+from .data import DataConfig
 
 Padding = Literal["symmetric", "same"]
 Shortcut = Literal["strided", "avgpool"]

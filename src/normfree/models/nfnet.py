@@ -13,7 +13,7 @@ from torch import nn
 from ..activation import Activation, activation_module
 from ..gain import GainSource
 from ..standardize import EpsMode
-from .data_config import DataConfig, original_data_config
+from .data import DataConfig, original_data_config
 from .network import (
     BlockPlan,
     Head,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .data_config import DataConfig
+from .data import DataConfig
 
 if TYPE_CHECKING:
     from .network import ResidualNetwork
@@ -89,6 +89,11 @@ def list_models(pattern: str = "*") -> list[str]:
 def batchnorm_twin(name: str) -> str | None:
     """The name of the BatchNorm network with the same topology as a normaliser-free one; None for BatchNorm ones."""
     return model_entry(name).batchnorm_twin
+
+
+def data_config(name: str) -> DataConfig:
+    """How the images of a model are prepared, without building the model; ``model.info.data`` of one that is built."""
+    return model_entry(name).data
 
 
 def create_model(

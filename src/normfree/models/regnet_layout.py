@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from ..layers import SqueezeExcite
-from .data_config import DataConfig, original_data_config
+from .data import DataConfig, original_data_config
 from .network import (
     BlockPlan,
     Convolution,

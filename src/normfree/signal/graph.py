@@ -20,7 +20,10 @@ from torch.utils.flop_counter import flop_registry
 _CHANNELS_SECOND = ("convolution", "batch_norm", "group_norm", "instance_norm")
 _CHANNELS_LAST = ("layer_norm", "rms_norm", "addmm", "aten::mm", "embedding", "linear")
 _CONSTANT = ("_like", "aten::new_", "aten::empty")
-_COMPUTES = ("pool", "fft_", "attention", "transformer_encoder", "lstm", "gru", "rnn_", "unfold", "im2col")
+_COMPUTES = (
+    *("pool", "fft_", "attention", "transformer_encoder", "lstm", "gru", "rnn_", "unfold", "im2col"),
+    *("conv", "matmul", "linear", "einsum"),  # seen whole where they are not taken apart
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -182,6 +185,21 @@ def lightest_path(node: Node, source: int) -> float:
         best[top] = top.cost + min(ways, default=math.inf)
         stack.pop()
     return best[node]
+
+
+def total_cost(node: Node, source: int) -> float:
+    """All computation between the nodes in ``source`` (bits) and a node."""
+    if source >> node.index & 1:
+        return 0.0
+    seen, stack, total = {node}, [node], 0.0
+    while stack:
+        top = stack.pop()
+        total += top.cost
+        for parent in top.parents:
+            if not source >> parent.index & 1 and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return total
 
 
 def scalar_value(value: Any, graph: Graph) -> float | None:

@@ -115,7 +115,12 @@ class _Measurement:
 
     def _trace(self, batch: Batch) -> TraceResult:
         trace = Trace(self.model, self.channel_axis, self._layers, self.backward)
-        with _undisturbed(self.model, self.norm_statistics), torch.set_grad_enabled(self.backward):
+        # in inference mode a dispatch mode sees convolutions whole, and tensors have no place in a backward pass
+        with (
+            _undisturbed(self.model, self.norm_statistics),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.backward),
+        ):
             if self.backward:
                 batch = _with_gradient(batch)
             try:
@@ -192,7 +197,7 @@ def _to_model(batch: Batch, model: nn.Module) -> Batch:
 def _with_gradient(batch: Batch) -> Batch:
     """The batch as leaves that require a gradient, so that a frozen model has one, too."""
     if isinstance(batch, Tensor):
-        return batch.detach().requires_grad_() if batch.is_floating_point() else batch
+        return batch.detach().clone().requires_grad_() if batch.is_floating_point() else batch
     if isinstance(batch, Mapping):
         return {key: _with_gradient(value) for key, value in batch.items()}
     if isinstance(batch, tuple):

@@ -89,6 +89,8 @@ def check_figure_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _draw(signals: Sequence[SignalPropagation], axes: Sequence[Axes]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for axis, (title, statistic) in zip(axes, _PANELS, strict=True):
         for index, signal in enumerate(signals):
             _draw_curve(axis, signal, statistic, index, len(signals))
@@ -96,6 +98,7 @@ def _draw(signals: Sequence[SignalPropagation], axes: Sequence[Axes]) -> None:
         _scale(axis, signals, statistic)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("layer" if signals[0].points[0].kind == "layer" else "residual block (0: stem)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(axis="y", color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -129,8 +132,9 @@ def _scale(axis: Axes, signals: Sequence[SignalPropagation], statistic: str) -> 
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if positive and max(positive) > _LOG_RANGE * min(positive):
         axis.set_yscale("log")
-        # what is zero up to rounding must not stretch the axis over thirty decades
-        axis.set_ylim(bottom=max(min(positive) / 2.0, max(positive) * 1e-12))
+        # a mean that is zero up to rounding must not stretch the axis over thirty decades
+        floor = 1e-9 if statistic == "avg_channel_squared_mean" else 0.0
+        axis.set_ylim(bottom=max(min(positive) / 2.0, max(positive) * floor))
     elif positive:
         axis.set_ylim(bottom=0.0, top=1.08 * max(positive))
     elif not values or all(not math.isfinite(value) for value in values):

@@ -24,11 +24,12 @@ from .graph import (
     operation_cost,
     scalar_value,
     tensors_in,
+    total_cost,
 )
 from .moments import ChannelMoments
 
 aten = torch.ops.aten
-_ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
+_ADDITIONS = {aten.add.Tensor, aten.add_.Tensor, aten.add.out}
 _SCALINGS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
 _DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
 _SHIFTS = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar, aten.sub.Tensor, aten.sub.Scalar}
@@ -143,7 +144,9 @@ class Trace(TorchDispatchMode):
     def watch_inputs(self, inputs: Any) -> None:
         """Declares the tensors from which everything else descends."""
         for tensor in tensors_in(inputs):
-            self._graph.add(tensor)
+            node = self._graph.add(tensor)
+            if node is not None:
+                self._tensors[node] = weakref.ref(tensor)
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -290,8 +293,11 @@ class Trace(TorchDispatchMode):
             if func in _SHIFTS:
                 return node, 1.0
             if func in _DIVISIONS:
-                return (node, 1.0 / value) if operand is args[0] and value != 0.0 else None
-            return node, value
+                if operand is args[1] or value == 0.0:
+                    continue
+                value = 1.0 / value
+            # a constant above 1 amplifies, as the doubling of a gate does: it belongs to the branch
+            return None if abs(value) > 1.0 and not isinstance(other, Tensor) else (node, value)
         return None
 
     def _before_scaling(self, func: Any, args: Any) -> ChannelMoments | None:
@@ -334,7 +340,10 @@ class Trace(TorchDispatchMode):
         shared = left_node.ancestors & right_node.ancestors
         if not shared:
             return None
-        left_cost, right_cost = lightest_path(left_node, shared), lightest_path(right_node, shared)
+        # the lightest way first: behind x + f(x) lies nothing, although f was computed
+        left_cost, right_cost = (
+            (lightest_path(node, shared), total_cost(node, shared)) for node in (left_node, right_node)
+        )
         if left_cost == right_cost:
             return None
         left_is_branch = left_cost > right_cost
@@ -342,8 +351,7 @@ class Trace(TorchDispatchMode):
         skip, skip_node = (right, right_node) if left_is_branch else (left, left_node)
         # the skip path knows better: a branch may mix tokens with a linear layer, which is not its channel axis
         axis = self._axis(skip, skip_node, self._known_axis(branch, branch_node))
-        scale = branch_node.scale * (1.0 if left_is_branch else float(kwargs.get("alpha", 1)))
-        residual = self._residual(branch, branch_node, axis, scale)
+        residual = self._residual(branch, branch_node, axis)
         block = self._block_of(branch_node, skip_node, shared)
         for merge in self._open:
             if merge.block is block and merge.pending is not None:
@@ -355,7 +363,7 @@ class Trace(TorchDispatchMode):
         return Merge(
             block,
             self._branch_path(branch_node, shared, block),
-            min(left_cost, right_cost) == 0.0
+            min(left_cost, right_cost)[0] == 0.0
             and _size(fork.shape, fork_channels) == _size(tuple(branch.shape), channels),
             tuple(branch.shape),
             residual,
@@ -364,8 +372,9 @@ class Trace(TorchDispatchMode):
             None,
         )
 
-    def _residual(self, branch: Tensor, node: Node, axis: int, scale: float) -> ChannelMoments:
+    def _residual(self, branch: Tensor, node: Node, axis: int) -> ChannelMoments:
         """The branch before the scalars that it was multiplied with."""
+        scale = node.scale
         if scale == 0.0 and node.unscaled is not None:
             return node.unscaled
         moments = self._moments(branch, axis)
@@ -492,7 +501,8 @@ class Trace(TorchDispatchMode):
         self._want_gradient(tensor, result, "stem_gradient", axis)
 
     def _measure_layer(self, path: str, module: nn.Module, output: Tensor | None) -> None:
-        is_layer = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        has_weight = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        is_layer = has_weight and (path != "" or not any(True for _ in module.children()))
         if not is_layer or output is None or not output.is_floating_point() or output.ndim < 2:
             return
         axis = self._axis(output, self._graph.node(output))

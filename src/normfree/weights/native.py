@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..files import atomic_path
 from ..models import create_model
-from ..models.data_config import DataConfig
+from ..models.data import DataConfig
 from ..models.network import ModelInfo, ResidualNetwork
 from .matching import CheckpointError, Classifier, Slot, assign, classifier_tensors, match
 from .reading import read_safetensors

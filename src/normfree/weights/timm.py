@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import EfficientChannelAttention, SqueezeExcite, WSConv2d
 from ..models import create_model, model_entry
-from ..models.data_config import DataConfig
+from ..models.data import DataConfig
 from ..models.network import ResidualNetwork
 from ..models.nfnet import MODELS as NFNETS
 from ..models.regnet_layout import VARIANTS as REGNETS
@@ -100,8 +100,8 @@ def from_timm(source: StateDict | str | Path, **options: Any) -> ResidualNetwork
     tensors = read_state_dict(source)
     name, recognised = recognise_timm(tensors)
     chosen = {**recognised, **_computation(name, tensors), **options}
-    model = create_model(name, **chosen).to(tensors["stages.0.0.conv1.weight"].dtype)
-    model.info.data = _data_config(name, _has_skip_gain(tensors))
+    model = create_model(name, **chosen).to(tensors["stages.0.0.conv1.gain"].dtype)
+    model.info.data = _data_config(name, tensors)
     same_classes = chosen["num_classes"] == recognised["num_classes"]
     return load_timm(model, tensors, classifier="load" if same_classes else "keep", reconfigure=False).eval()
 
@@ -114,21 +114,20 @@ def recognise_timm(tensors: StateDict) -> tuple[str, dict[str, Any]]:
     """
     depths = _depths(tensors)
     stem = next((tensors[key] for key in ("stem.conv.weight", "stem.conv1.weight") if key in tensors), None)
-    if stem is None or stem.ndim != 4 or not depths or "stages.0.0.conv1.gain" not in tensors:
+    gain = tensors.get("stages.0.0.conv1.gain")
+    if stem is None or stem.ndim != 4 or gain is None or not gain.is_floating_point():
         first = ", ".join(list(tensors)[:3])
         raise CheckpointError(
             "checkpoint: not one of timm's normaliser-free models, which have stem.conv.weight or stem.conv1.weight "
             f"and stages.0.0.conv1.gain; it starts with {first}"
         )
-    classifier = tensors.get("head.fc.weight")
-    options: dict[str, Any] = {
-        "num_classes": 0 if classifier is None else classifier.shape[0],
-        "in_channels": stem.shape[1],
-    }
+    has_classifier = any(name.startswith("head.fc.") for name in tensors)
+    num_classes = _shape(tensors, "head.fc.weight", axes=2)[0] if has_classifier else 0
+    options: dict[str, Any] = {"num_classes": num_classes, "in_channels": stem.shape[1]}
     if "stem.conv1.weight" in tensors:
         return _recognise_nfnet(tensors, depths, options)
     if stem.shape[-1] == 3:
-        return _recognise_regnet(stem, depths, options)
+        return _recognise_regnet(depths, options)
     return _recognise_resnet(tensors, stem, depths, options)
 
 
@@ -141,14 +140,14 @@ def _recognise_resnet(
     options["width"] = stem.shape[0] / STEM_WIDTH
     if "stages.0.0.attn_last.conv.weight" in tensors:
         return f"nf_ecaresnet{depth}", options
-    hidden = tensors.get("stages.0.0.attn_last.fc1.weight")
-    if hidden is None:
+    squeeze = "stages.0.0.attn_last.fc1.weight"
+    if squeeze not in tensors:
         return f"nf_resnet{depth}", options
-    options["se_ratio"] = hidden.shape[0] / hidden.shape[1]
-    return f"nf_seresnet{depth}", options
+    hidden, channels = _shape(tensors, squeeze)[:2]
+    return f"nf_seresnet{depth}", {**options, "se_ratio": hidden / channels}
 
 
-def _recognise_regnet(stem: Tensor, depths: tuple[int, ...], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _recognise_regnet(depths: tuple[int, ...], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     name = next((name for name, variant in REGNETS.items() if variant.depths == depths), None)
     if name is None:
         raise CheckpointError(f"checkpoint: no NF-RegNet has {depths} blocks per stage")
@@ -173,9 +172,11 @@ def _recognise_nfnet(
     )
 
 
-def _shape(tensors: StateDict, name: str) -> torch.Size:
-    if name not in tensors or tensors[name].ndim != 4:
-        raise CheckpointError(f"checkpoint: {name}: expected a convolution's weight, got none")
+def _shape(tensors: StateDict, name: str, axes: int = 4) -> torch.Size:
+    if name not in tensors:
+        raise CheckpointError(f"checkpoint: {name}: missing")
+    if tensors[name].ndim != axes:
+        raise CheckpointError(f"checkpoint: {name}: expected {axes} axes, got shape {tuple(tensors[name].shape)}")
     return tensors[name].shape
 
 
@@ -191,9 +192,14 @@ def _has_skip_gain(tensors: StateDict) -> bool:
     return "stages.0.0.skipinit_gain" in tensors
 
 
+def _is_dm(name: str, tensors: StateDict) -> bool:
+    """Whether it is one of timm's dm_* models, which compute as the original does."""
+    return name.startswith("nfnet_f") and _has_skip_gain(tensors)
+
+
 def _computation(name: str, tensors: StateDict) -> dict[str, Any]:
     """What timm computes with and what is not in the checkpoint."""
-    from_original = _has_skip_gain(tensors)  # timm's dm_* models
+    from_original = _is_dm(name, tensors)
     activation = model_entry(name).defaults()["activation"]
     return {
         "activation": "gelu" if activation == "gelu_tanh" else activation,
@@ -206,10 +212,11 @@ def _computation(name: str, tensors: StateDict) -> dict[str, Any]:
     }
 
 
-def _data_config(name: str, from_original: bool) -> DataConfig:
+def _data_config(name: str, tensors: StateDict) -> DataConfig:
     data = _TRAINED_ON.get(name, model_entry(name).data)
-    if from_original and name[-1] in "0123456":
-        data = replace(data, crop_fraction=_DM_CROP_FRACTIONS[int(name[-1])], crop_mode="squash")
+    level = int(name[-1]) if _is_dm(name, tensors) else len(_DM_CROP_FRACTIONS)
+    if level < len(_DM_CROP_FRACTIONS):
+        data = replace(data, crop_fraction=_DM_CROP_FRACTIONS[level], crop_mode="squash")
     return data
 
 

@@ -1,0 +1,66 @@
+"""Contenders in turn within one process; medians and ratios."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each run of one contender."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2.0 / self.median
+
+
+def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> list[Timing]:
+    """Runs every contender once per round, so that whatever else the machine does meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warm_up + repeats):
+        for name, run in contenders.items():
+            gc.collect()
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return [Timing(name, tuple(values)) for name, values in seconds.items()]
+
+
+def ratio(timing: Timing, baseline: Timing) -> float:
+    """The median over rounds of the two times' ratio."""
+    return statistics.median(a / b for a, b in zip(timing.seconds, baseline.seconds, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
