@@ -168,7 +168,7 @@ def test_an_unknown_operator_is_named_and_a_rule_can_be_registered():
         assert not nf.predict_spp(model, (4, 8, 6, 6)).notes
     finally:
         del rules._RULES["aten::cumsum"]
-    with pytest.raises(TypeError, match="operator of torch.ops"):
+    with pytest.raises(TypeError, match=r"operator of torch\.ops"):
         nf.register_rule(3, lambda call: None)
 
 

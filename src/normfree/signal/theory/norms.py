@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .grid import Array
 from .pointwise import multiplied_by_parameter, shifted_by_parameter
 from .rules import Call, NoRule, rules
 from .state import State
+
+_OWN = 0.8  # share of the variance that is not between channels
 
 
 def _affine(state: State, weight: Any, bias: Any) -> tuple[State, float]:
@@ -53,11 +56,18 @@ def batch_norm(call: Call) -> State:
     diagonal = np.maximum(np.diagonal(cross), 0.0)
     np.fill_diagonal(cross, diagonal)
     within = np.maximum(total - mean**2 - diagonal, 0.0)
-    result, second = _affine(state.with_moments(mean, cross, within, shape=state.standardised()), weight, bias)
+    result, second = _affine(state.with_moments(mean, cross, within, shape=_own_shape(state)), weight, bias)
     # the mean of the gradient and its component along the output go
     left = max(1.0 - 2.0 / max(call.examples * state.grid.positions, 2), 0.0)
     call.flow(x, scale * second * left, centred=True)
     return result
+
+
+def _own_shape(state: State) -> Array | None:
+    """A channel's distribution where channels hardly differ in their means; else that of a Gaussian: what the means
+    make of the joint distribution goes when they do."""
+    own = float(state.grid.share @ state.within)
+    return state.standardised() if own > _OWN * state.average_variance else None
 
 
 def _with_running_statistics(call: Call, state: State, eps: float) -> State:

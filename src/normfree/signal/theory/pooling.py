@@ -78,6 +78,8 @@ def adaptive_avg_pool(call: Call) -> State:
     call.flow(x, math.prod(outputs) / math.prod(inputs))
     if math.prod(outputs) == 1:
         return regrid(global_average(state), outputs)
+    if any(m > n for n, m in zip(inputs, outputs, strict=True)):
+        return regrid(state, outputs)  # positions are repeated, at most two of them averaged
     kernel = tuple(-(-n // m) for n, m in zip(inputs, outputs, strict=True))
     stride = tuple(max(n // m, 1) for n, m in zip(inputs, outputs, strict=True))
     return averaged(state, Window(inputs, outputs, kernel, stride, (1,) * dims, (0,) * dims), False)
