@@ -33,6 +33,8 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         The output, and the mean over positions of Σ_t A_tt over valid taps: what the weights of one output square up
         to, which is the share of the gradient that goes back.
     """
+    if window.taps == 1 and window.inputs == window.outputs and not any(window.before):
+        return _pointwise(state, weight)
     table = window.table
     source, target = state.grid, Grid(window.outputs)
     taps = weight.taps
@@ -70,6 +72,16 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         scatter=scatter,
     )
     return result, float(target.share @ valid)
+
+
+def _pointwise(state: State, weight: WeightMoments) -> tuple[State, float]:
+    """The same where every position is read by itself."""
+    square, sums, mean = float(weight.taps[0]), float(weight.sums[0, 0]), state.mean * float(weight.mean[0])
+    cross = square * state.cross + weight.bias_variance
+    if state.mean.any():
+        cross += sums * np.outer(state.mean, state.mean) - np.outer(mean, mean)
+    within = square * state.within
+    return State(state.grid, mean + weight.bias_mean, cross, within, state.near, state.far), square
 
 
 def _scatter(target: Grid, window: Window, channels: int) -> Array | None:
