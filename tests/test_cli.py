@@ -69,6 +69,27 @@ def test_spp_is_reproducible_and_reads_images(tmp_path: Path) -> None:
     assert "nf_resnet26: batch 2" in err
 
 
+def test_predict_needs_no_weights_and_lies_over_what_is_measured(tmp_path: Path) -> None:
+    code, out, _ = run("predict", "nf_resnet26", "resnetv2_26", *SMALL, "--json")
+    assert code == 0
+    predicted = json.loads(out)[0]
+    assert predicted["label"] == "nf_resnet26 (predicted)"
+    code, out, _ = run("spp", "nf_resnet26", *SMALL, "--predicted", "--json", "--out", tmp_path / "both.png")
+    assert code == 0
+    assert [signal["label"] for signal in json.loads(out)] == ["nf_resnet26 (predicted)", "nf_resnet26"]
+    names = [[point["name"] for point in signal["points"]] for signal in json.loads(out)]
+    assert names[0] == names[1] == [point["name"] for point in predicted["points"]]
+
+
+def test_diagnose_in_words_and_json() -> None:
+    code, out, _ = run("diagnose", "torchvision:resnet18", "--size", "64", "--without-norm")
+    assert code == 0
+    assert out.startswith("torchvision:resnet18 without normalisation: ")
+    code, out, _ = run("diagnose", "nf_resnet26", "--size", "64", "--batch", "4", "--measured", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["label"] == "nf_resnet26"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +106,9 @@ def test_spp_is_reproducible_and_reads_images(tmp_path: Path) -> None:
         (["spp", "nf_resnet26", "--device", "nonsense"], "device"),
         (["spp", "torch.nn:Identity"], "neither an addition"),
         (["spp", "failing.py:Net", "--size", "8"], "boom (in module 'inner')"),
+        (["predict", "nf_resnet5"], "did you mean nf_resnet50"),
+        (["predict", "failing.py:Net", "--size", "8"], "inner"),
+        (["diagnose", "nf_resnet26", "--without-norm"], "no normalisation layer"),
         (["gain", "reul"], "did you mean relu"),
         (["gain", "threshold"], "threshold"),
         (["models", "no_such*"], "no model matches"),
@@ -119,7 +143,7 @@ def test_sizes_are_of_one_pixel_or_more() -> None:
 
 
 def test_help_of_every_command() -> None:
-    for command in ("models", "gain", "spp", "reproduce"):
+    for command in ("models", "gain", "spp", "predict", "diagnose", "reproduce"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "--" in out

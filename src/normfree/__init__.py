@@ -19,8 +19,21 @@ from .layers import (
     WSLinear,
 )
 from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
-from .signal import SignalPoint, SignalPropagation, plot_signals, spp
+from .signal import (
+    Diagnosis,
+    Finding,
+    PredictionError,
+    SignalPoint,
+    SignalPropagation,
+    diagnose,
+    plot_signals,
+    predict_spp,
+    register_rule,
+    spp,
+    without_weights,
+)
 from .standardize import standardize_weight
+from .surgery import CalibrationReport, calibrate, calibrated, without_norms
 from .weights import (
     CheckpointError,
     from_pretrained,
@@ -35,10 +48,14 @@ from .weights import (
 
 __all__ = [
     "AdaptiveGradientClipping",
+    "CalibrationReport",
     "CheckpointError",
     "DataConfig",
+    "Diagnosis",
     "EfficientChannelAttention",
+    "Finding",
     "ModelCost",
+    "PredictionError",
     "ScaledConv2d",
     "SignalPoint",
     "SignalPropagation",
@@ -55,8 +72,11 @@ __all__ = [
     "activation_names",
     "adaptive_gradient_clip_",
     "batchnorm_twin",
+    "calibrate",
+    "calibrated",
     "create_model",
     "data_config",
+    "diagnose",
     "from_pretrained",
     "from_timm",
     "gain",
@@ -66,9 +86,13 @@ __all__ = [
     "load_weights",
     "model_cost",
     "plot_signals",
+    "predict_spp",
     "push_to_hub",
+    "register_rule",
     "save_pretrained",
     "save_weights",
     "spp",
     "standardize_weight",
+    "without_norms",
+    "without_weights",
 ]

@@ -9,12 +9,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .signal import SignalPropagation
 
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, typer.Option(help="Of the weights and of noise.")]
@@ -23,6 +28,21 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="Of the model, such as width=0.25; repeat for more."),
 ]
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="nf_resnet50, timm:NAME, torchvision:NAME, package.module:callable or file.py:callable.",
+        metavar="MODEL...",
+    ),
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Height and width of the input; by default the model's own.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+Picture = Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")]
+Csv = Annotated[Path | None, typer.Option(help="Table of all points to write.")]
+NormStatistics = Annotated[Literal["batch", "running"], typer.Option(help="What BatchNorm normalises with.")]
+Backward = Annotated[bool, typer.Option("--backward", help="The gradients, too.")]
+ChannelAxis = Annotated[int | None, typer.Option(help="Of every activation; found by itself if left out.")]
 
 app = typer.Typer(
     help="Build, diagnose and train deep networks that need no activation normalisation.",
@@ -146,30 +166,21 @@ def gain(
 @app.command()
 @_report_errors
 def spp(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="nf_resnet50, timm:NAME, torchvision:NAME, package.module:callable or file.py:callable.",
-            metavar="MODEL...",
-        ),
-    ],
+    models: Models,
     input: Annotated[
         str, typer.Option(help="noise, a folder of images, an image, or a Parquet file of images.")
     ] = "noise",
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of the input; by default the model's own.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
+    size: Size = None,
+    batch: Batch = 8,
     batches: Annotated[int, typer.Option(min=1, help="Batches to average over, at most.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Table of all points to write.")] = None,
+    predicted: Annotated[bool, typer.Option("--predicted", help="Lay what the theory predicts over it.")] = False,
+    out: Picture = None,
+    csv: Csv = None,
     as_json: AsJson = False,
     option: Options = None,
-    norm_statistics: Annotated[
-        Literal["batch", "running"], typer.Option(help="What BatchNorm normalises with.")
-    ] = "batch",
-    backward: Annotated[bool, typer.Option(help="Measure the gradients, too.")] = False,
-    channel_axis: Annotated[int | None, typer.Option(help="Of every activation; found by itself if left out.")] = None,
+    norm_statistics: NormStatistics = "batch",
+    backward: Backward = False,
+    channel_axis: ChannelAxis = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"], typer.Option(help="Of weights and input.")
     ] = "float32",
@@ -179,45 +190,95 @@ def spp(
     """Signal Propagation Plots of one or more models, drawn over each other."""
     import torch
 
-    from .files import write_text
-    from .signal import plot_signals
-    from .signal.plot import check_figure_path
-    from .signal.propagation import signals_csv, without_non_finite
+    from .signal import predict_spp
 
-    if out is not None:
-        check_figure_path(out)
-    for path in (out, csv):
-        _check_writable(path)
-    options = _parse_options(option or [])
+    _check_outputs(out, csv)
+    settings: dict[str, Any] = {"norm_statistics": norm_statistics, "backward": backward, "channel_axis": channel_axis}
     signals = []
     for name in models:
         torch.manual_seed(seed)
+        model, shape = _model_and_shape(name, option, size, batch)
+        if predicted:
+            signals.append(predict_spp(model, shape, label=f"{name} (predicted)", **settings))
+        model = model.to(torch.device(device), getattr(torch, dtype))
+        signals.append(_measured(name, model, shape, input, batches, settings))
+    _show_signals(signals, out, csv, as_json)
+
+
+@app.command()
+@_report_errors
+def predict(
+    models: Models,
+    size: Size = None,
+    batch: Batch = 8,
+    out: Picture = None,
+    csv: Csv = None,
+    as_json: AsJson = False,
+    option: Options = None,
+    norm_statistics: NormStatistics = "batch",
+    backward: Backward = False,
+    channel_axis: ChannelAxis = None,
+) -> None:
+    """Signal Propagation Plots that the theory expects: no forward pass, no weights in memory."""
+    from .signal import predict_spp, without_weights
+
+    _check_outputs(out, csv)
+    signals = []
+    for name in models:
+        with without_weights():
+            model, shape = _model_and_shape(name, option, size, batch)
         signals.append(
-            _measured(
-                name,
-                options,
-                input=input,
-                size=size,
-                batch=batch,
-                batches=batches,
-                dtype=getattr(torch, dtype),
-                device=torch.device(device),
+            predict_spp(
+                model,
+                shape,
+                label=f"{name} (predicted)",
                 norm_statistics=norm_statistics,
                 backward=backward,
                 channel_axis=channel_axis,
             )
         )
-    if out is not None:
-        plot_signals(signals, out)
-    if csv is not None:
-        write_text(csv, signals_csv(signals))
+    _show_signals(signals, out, csv, as_json)
+
+
+@app.command()
+@_report_errors
+def diagnose(
+    models: Models,
+    size: Size = None,
+    batch: Batch = 8,
+    without_norm: Annotated[
+        bool, typer.Option("--without-norm", help="Take the normalisation layers out first.")
+    ] = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="From a forward and a backward pass on noise, not from the theory.")
+    ] = False,
+    as_json: AsJson = False,
+    option: Options = None,
+    seed: Seed = 0,
+) -> None:
+    """Say what is wrong with a model's signal: where, why, and what would help."""
+    import torch
+
+    from .signal import diagnose as find
+    from .signal import predict_spp
+    from .surgery import without_norms
+
+    diagnoses = []
+    for name in models:
+        torch.manual_seed(seed)
+        model, shape = _model_and_shape(name, option, size, batch)
+        label = name
+        if without_norm:
+            model, label = without_norms(model), f"{name} without normalisation"
+        if measured:
+            signal = _measured(label, model, shape, "noise", 1, {"backward": True})
+        else:
+            signal = predict_spp(model, shape, label=label, backward=True)
+        diagnoses.append(find(signal, model=model))
     if as_json:
-        _print_json(without_non_finite([signal.to_dict() for signal in signals]))
+        _print_json([diagnosis.to_dict() for diagnosis in diagnoses])
     else:
-        print("\n\n".join(str(signal) for signal in signals))
-    for path in (out, csv):
-        if path is not None:
-            _say(f"wrote {path}")
+        print("\n\n".join(str(diagnosis) for diagnosis in diagnoses))
 
 
 @app.command()
@@ -257,41 +318,70 @@ def reproduce(
         _print_json(without_non_finite([report.to_dict() for report in reports]))
 
 
+def _model_and_shape(
+    name: str, option: list[str] | None, size: int | None, batch: int
+) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    from .sources import input_size, load_model
+
+    model = load_model(name, **_parse_options(option or []))
+    channels, height, width = input_size(model)
+    return model, (batch, channels, size or height, size or width)
+
+
 def _measured(
     name: str,
-    options: dict[str, Any],
-    *,
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
     input: str,
-    size: int | None,
-    batch: int,
     batches: int,
-    dtype: Any,
-    device: Any,
-    **settings: Any,
-) -> Any:
+    settings: dict[str, Any],
+) -> SignalPropagation:
     from dataclasses import replace
 
     import torch
 
     from .images import ImageBatches
     from .signal import spp as measure
-    from .sources import input_size, load_model
 
-    model = load_model(name, **options).to(device, dtype)
-    channels, height, width = input_size(model)
-    if size is not None:
-        height = width = size
     images: ImageBatches | None = None
     stream: Iterable[torch.Tensor]
     if input == "noise":
-        stream = (torch.randn(batch, channels, height, width) for _ in range(batches))
+        stream = (torch.randn(shape) for _ in range(batches))
     else:
-        images = ImageBatches(input, size=height, batch_size=batch, limit=batch * batches)
+        images = ImageBatches(input, size=shape[2], batch_size=shape[0], limit=shape[0] * batches)
         stream = images
     with _batch_progress(name, batches) as on_batch:
         signal = measure(model, stream, label=name, max_batches=batches, on_batch=on_batch, **settings)
     note = images.note() if images is not None else None
     return signal if note is None else replace(signal, notes=(*signal.notes, note))
+
+
+def _check_outputs(out: Path | None, csv: Path | None) -> None:
+    """Fails before the work is done, not after."""
+    from .signal.plot import check_figure_path
+
+    if out is not None:
+        check_figure_path(out)
+    for path in (out, csv):
+        _check_writable(path)
+
+
+def _show_signals(signals: list[SignalPropagation], out: Path | None, csv: Path | None, as_json: bool) -> None:
+    from .files import write_text
+    from .signal import plot_signals
+    from .signal.propagation import signals_csv, without_non_finite
+
+    if out is not None:
+        plot_signals(signals, out)
+    if csv is not None:
+        write_text(csv, signals_csv(signals))
+    if as_json:
+        _print_json(without_non_finite([signal.to_dict() for signal in signals]))
+    else:
+        print("\n\n".join(str(signal) for signal in signals))
+    for path in (out, csv):
+        if path is not None:
+            _say(f"wrote {path}")
 
 
 def _parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -309,7 +399,6 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _check_writable(path: Path | None) -> None:
-    """Fails before the work is done, not after."""
     if path is None:
         return
     if path.is_dir():

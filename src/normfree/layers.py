@@ -85,6 +85,11 @@ class _StandardizedWeight(_ScaledWeight):
     def _scaled_weight(self, scale: Scale) -> Tensor:
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
 
+    def declared_weight(self) -> tuple[float, bool]:
+        """Mean over outputs of the sum of squares of a row of the effective weight, and that rows sum to zero."""
+        square = 1.0 if self.gain is None or self.gain.is_meta else float(self.gain.detach().double().square().mean())
+        return square * self.weight_scale**2, True
+
     def _fan_in(self) -> int:
         return self.weight[0].numel()
 
@@ -185,6 +190,10 @@ class ScaledConv2d(_Convolution, nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, nonlinearity=self._reads)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def declared_weight(self) -> tuple[float, bool]:
+        """Expected sum of squares of a row of the effective weight, as initialised; rows do not sum to zero."""
+        return (2.0 if self._reads == "relu" else 1.0) * self.weight_scale**2, False
 
 
 class _WSConv(_StandardizedWeight, _Convolution):

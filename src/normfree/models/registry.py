@@ -96,12 +96,16 @@ def data_config(name: str) -> DataConfig:
     return model_entry(name).data
 
 
-def create_model(name: str, num_classes: int = 1000, **options: Any) -> ResidualNetwork:
+def create_model(
+    name: str, num_classes: int = 1000, *, calibrated_for: tuple[int, int] | None = None, **options: Any
+) -> ResidualNetwork:
     """A new model, initialised as published.
 
     Args:
         name: one of :func:`list_models`.
         num_classes: outputs of the classifier; 0 leaves the pooled features as the output.
+        calibrated_for: (height, width) of the images that the network is for: gains then make up for what zero padding
+            and pooling take from the signal at that size, by theory (:func:`normfree.calibrate`).
         options: what the family takes, of
 
             * ``in_channels`` (3), ``width`` (1.0: multiplies every channel count of the table),
@@ -138,7 +142,22 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Residual
     model.info.options = {**defaults, "num_classes": num_classes, **options}
     model.info.batchnorm_twin = entry.batchnorm_twin
     model.info.data = entry.data
-    return model
+    return model if calibrated_for is None else _calibrated(model, calibrated_for)
+
+
+def _calibrated(model: ResidualNetwork, size: tuple[int, int]) -> ResidualNetwork:
+    # the one call upwards: surgery stands on models, and a model made to measure is still made here
+    from ..surgery.calibrate import calibrate
+
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"calibrated_for: expected (height, width) of positive whole numbers, got {size!r}")
+    channels = int(model.info.options.get("in_channels", 3))
+    try:
+        calibrated = calibrate(model, input_shape=(channels, *size), method="theory")
+    except ValueError as error:
+        raise ValueError(f"calibrated_for: {error}") from error
+    calibrated.info.options["calibrated_for"] = tuple(size)
+    return calibrated
 
 
 def _check_range(option: str, value: Any) -> None:

@@ -1,5 +1,21 @@
+from .diagnose import Diagnosis, Finding, diagnose
 from .measure import spp
 from .plot import plot_signals
+from .predict import PredictionError, predict_spp
 from .propagation import SignalPoint, SignalPropagation
+from .theory import register_rule
+from .theory.declared import without_weights
 
-__all__ = ["SignalPoint", "SignalPropagation", "plot_signals", "spp"]
+__all__ = [
+    "Diagnosis",
+    "Finding",
+    "PredictionError",
+    "SignalPoint",
+    "SignalPropagation",
+    "diagnose",
+    "plot_signals",
+    "predict_spp",
+    "register_rule",
+    "spp",
+    "without_weights",
+]

@@ -40,6 +40,7 @@ class Node:
         modules: the module calls that were running, outermost first.
         scale: product of the scalars that the tensor was multiplied with since it was computed.
         unscaled: what was measured before a multiplication by zero.
+        state: what the theory knows of the tensor, in a prediction.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Node:
     modules: tuple[Any, ...]
     scale: float = 1.0
     unscaled: Any = None
+    state: Any = None
 
 
 @dataclass

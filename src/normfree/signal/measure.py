@@ -246,7 +246,7 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             # compared by value: BatchNorm updates its statistics without telling their version counters
-            if buffer is not None and value is not None and not torch.equal(buffer, value):
+            if buffer is not None and value is not None and not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,13 +44,14 @@ class ChannelMoments:
         count = planes.shape[0] * planes.shape[2]
         first, second = _sums(planes)
         mean = first / max(count, 1)
-        deviation = (second - first * mean).clamp_(min=0.0)
-        total_mean, total_deviation = float(mean.dot(mean)) * count, float(deviation.sum())
+        deviation = np.maximum(second - first * mean, 0.0)
+        total_mean, total_deviation = float(mean @ mean) * count, float(deviation.sum())
         if not math.isfinite(total_mean + total_deviation):
             return cls._of_non_finite(planes, count)
+        mean_of_channels = torch.from_numpy(mean)
         if total_mean > _CANCELLATION * total_deviation:
-            deviation = _squared_deviation(planes, mean)
-        return cls(count, mean, deviation)
+            return cls(count, mean_of_channels, _squared_deviation(planes, mean_of_channels))
+        return cls(count, mean_of_channels, torch.from_numpy(deviation))
 
     @classmethod
     def _of_non_finite(cls, planes: Tensor, count: int) -> ChannelMoments:
@@ -107,22 +109,27 @@ def _chunks(planes: Tensor, elements: int = _CHUNK_ELEMENTS) -> Iterator[Tensor]
     yield from planes.split(max(1, elements // per_row))
 
 
-def _sums(planes: Tensor) -> Tensor:
-    """(2, C): per channel, the sums of the elements and of their squares, in float64 on the CPU."""
-    along = planes.shape[2] >= _SHORTEST_PLANE
-    total = torch.zeros(2, planes.shape[1], dtype=torch.float64)
+def _sums(planes: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel, (C,), the sums of the elements and of their squares, in float64.
+
+    What is left behind the passes over the activation is small, and NumPy's small operations cost less than torch's.
+    """
+    channels, length = planes.shape[1:]
+    first, second = np.zeros(channels), np.zeros(channels)
+    along = length >= _SHORTEST_PLANE
     for chunk in _chunks(planes, _CHUNK_ELEMENTS if along else _COLUMN_CHUNK_ELEMENTS):
         if chunk.dtype in (torch.float16, torch.bfloat16):
             chunk = chunk.float()
         if along:
-            sums = torch.stack((chunk.sum(dim=2), torch.linalg.vector_norm(chunk, dim=2))).cpu().double()
-            sums[1].square_()
-            total += sums.sum(dim=1)
+            sums, norms = chunk.sum(dim=2), torch.linalg.vector_norm(chunk, dim=2)
+            first += sums.cpu().numpy().sum(axis=0, dtype=np.float64)
+            second += np.square(norms.cpu().numpy(), dtype=np.float64).sum(axis=0)
         else:
             columns = chunk.reshape(chunk.shape[0], -1)
-            sums = torch.stack((columns.sum(dim=0), columns.square().sum(dim=0))).cpu().double()
-            total += sums.reshape(2, planes.shape[1], -1).sum(dim=2)
-    return total
+            sums, squares = columns.sum(dim=0), columns.square().sum(dim=0)
+            first += sums.cpu().numpy().reshape(channels, length).sum(axis=1, dtype=np.float64)
+            second += squares.cpu().numpy().reshape(channels, length).sum(axis=1, dtype=np.float64)
+    return first, second
 
 
 def _squared_deviation(planes: Tensor, mean: Tensor) -> Tensor:

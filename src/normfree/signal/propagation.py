@@ -35,6 +35,7 @@ class SignalPoint:
         nan_count, inf_count: elements of the activation that are NaN, and infinite.
         gradient_avg_channel_squared_mean, gradient_avg_channel_variance: the first two statistics of the gradient
             of the loss with respect to the activation; None unless asked for.
+        gap: in a prediction, the operators between the point before and this one that the theory has no rule for.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SignalPoint:
     inf_count: int = 0
     gradient_avg_channel_squared_mean: float | None = None
     gradient_avg_channel_variance: float | None = None
+    gap: str = ""
 
     @property
     def is_finite(self) -> bool:

@@ -208,23 +208,26 @@ class Trace(TorchDispatchMode):
         if node is None or value is None:
             return
         if value == 0.0:
-            with self._paused(), torch.no_grad():
-                unscaled = module.forward(*args, **{**kwargs, "output_scale": None})
-                node.unscaled = self._moments(unscaled, self._axis(unscaled, node))
+            node.unscaled = self._without_output_scale(module, args, kwargs, node)
         node.scale *= value
+
+    def _without_output_scale(self, module: nn.Module, args: Any, kwargs: Any, node: Node) -> ChannelMoments:
+        with self._paused(), torch.no_grad():
+            unscaled = module.forward(*args, **{**kwargs, "output_scale": None})
+            return self._moments(unscaled, self._axis(unscaled, node))
 
     # ---------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._measuring:
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         self._attach_gradient_hooks()
         inputs = [(tensor, node) for tensor in tensors_in((args, kwargs)) if (node := self._graph.node(tensor))]
         if not inputs:
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         if func is aten.copy_.default and self._graph.node(args[0]) is self._graph.node(args[1]):
-            return func(*args, **kwargs)  # the second half of x[part] += y writes the sum to where it is
+            return self._run(func, args, kwargs)  # the second half of x[part] += y writes the sum to where it is
         operation = func._schema.name
         merge = None
         if func in _ADDITIONS and not self._layers:
@@ -232,7 +235,7 @@ class Trace(TorchDispatchMode):
         if func._schema.is_mutable:
             self._before_overwriting(operation, args, kwargs)
         unscaled = self._before_scaling(func, args)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         if not is_constant(operation):
             self._record(func, operation, args, kwargs, inputs, result, unscaled)
             if "softmax" in operation:
@@ -240,6 +243,9 @@ class Trace(TorchDispatchMode):
             if merge is not None:
                 self._add_merge(merge, result)
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
     def _record(
         self,

@@ -1,0 +1,410 @@
+"""What the theory knows about an activation, and what an elementwise function makes of it.
+
+**The ensemble.** In a wide random network an activation x_c(n, p), of channel c, example n and position p, is one
+sample per channel of a process over (n, p). Its first two moments over channels are
+
+* the common mean m(p) = E_c x_c(n, p),
+* the covariance of two examples, K(p, p') = Cov_c(x_c(n, p), x_c(n', p')), n ≠ n': what is left of it after averaging
+  over many examples is the variance over channels of the channel means,
+* the excess covariance of two positions of one example, W(p, p') = Cov_c(x_c(n, p), x_c(n, p')) − K(p, p'), which
+  is a matter of the distance between them: w(p) at distance 0, falling as ``near`` with the offset, to ``far``.
+
+This is the kernel of a wide network (Lee et al. 2018; Garriga-Alonso et al. 2019) with its two arguments an example
+and another one. The Signal Propagation Plot is read off it: averaged over positions p, p' and over N examples,
+
+    average channel squared mean = mean of m(p) m(p') + K(p, p') + W(p, p') / N
+    average channel variance     = mean of m(p)² + K(p, p) + w(p), minus the squared mean.
+
+**The distribution.** A sum of many independent terms is Gaussian. What an elementwise function makes of it is a
+function of that Gaussian, its latent, and stays known as such: as values at fixed nodes of a standard normal z, one
+row for each cell. Two activations with the same latent (x and sigmoid(x), say) are combined exactly. The covariance
+follows from Mehler's formula: with the coefficients a_k of a function in normalised Hermite polynomials,
+Cov(f(z), g(z')) = Σ_{k≥1} a_k b_k ρ^k for latents of correlation ρ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .grid import Array, Grid
+
+_NODES = np.linspace(-7.5, 7.5, 241)
+_WEIGHTS = np.exp(-0.5 * _NODES**2)
+_WEIGHTS /= _WEIGHTS.sum()
+_DEGREE = 32
+_TAIL = 3 * _DEGREE
+"""Power that the terms beyond the last degree are given together. For a function with a kink a_k² falls as
+k^(-5/2), and then this power gives the sum the right derivative at ρ = 1."""
+_TINY = 1e-30
+REACH = 3
+"""Offsets along each axis that are told apart; what lies further is taken as equally correlated."""
+
+
+def _hermite() -> Array:
+    """(nodes, degrees + 1): normalised Hermite polynomials times the nodes' weights."""
+    columns = [np.ones_like(_NODES), _NODES]
+    for k in range(2, _DEGREE + 1):
+        columns.append((_NODES * columns[-1] - np.sqrt(k - 1) * columns[-2]) / np.sqrt(k))
+    return np.stack(columns, axis=1) * _WEIGHTS[:, None]
+
+
+_HERMITE = _hermite()
+
+
+@dataclass(eq=False)
+class Latent:
+    """The standard normal field behind an activation.
+
+    Attributes:
+        cross: (cells, cells), correlation of two examples.
+        near: correlation of two positions of one example, by offset.
+        far: the same beyond the last offset.
+    """
+
+    cross: Array
+    near: Array
+    far: float
+
+
+@dataclass(eq=False)
+class State:
+    """Statistics of an activation over channels, examples and positions; see the module's text.
+
+    Attributes:
+        grid: its positions.
+        mean: (cells,), m.
+        cross: (cells, cells), K.
+        within: (cells,), w.
+        near: W by offset, relative to w: 1 in the middle; odd sizes.
+        far: W beyond the last offset, relative to w.
+        shape: (nodes,), the standardised distribution's quantiles at the nodes; None for a Gaussian.
+        scatter: variance over channels of the correlation of neighbours, by offset as ``near``; None for nothing.
+        parts: which independent sources it is the sum of, and with what coefficient.
+        padding: −∞ in front of and behind every axis, put there for a max-pool to come.
+        simplex: entropy-like summary of attention weights: E[Σ_j a_j²] · positions; None for anything else.
+    """
+
+    grid: Grid
+    mean: Array
+    cross: Array
+    within: Array
+    near: Array
+    far: float = 0.0
+    shape: Array | None = None
+    parts: dict[State, float] = field(default_factory=dict, repr=False)
+    scatter: Array | None = field(default=None, repr=False)
+    padding: tuple[tuple[int, int], ...] = ()
+    simplex: float | None = None
+    _latent: Latent | None = field(default=None, repr=False)
+    _values: Array | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.cross = _clipped(self.cross)
+        self.within = np.maximum(self.within, 0.0)
+        if not self.parts:
+            self.parts = {self: 1.0}
+
+    # ---------------------------------------------------------------- making one
+
+    @classmethod
+    def noise(cls, sizes: Sequence[int]) -> State:
+        """White noise: N(0, 1), independent everywhere."""
+        grid = Grid(tuple(sizes))
+        cells = grid.cells
+        return cls(grid, np.zeros(cells), np.zeros((cells, cells)), np.ones(cells), delta(grid))
+
+    @classmethod
+    def constant(cls, value: float, sizes: Sequence[int] = ()) -> State:
+        """The same number everywhere."""
+        grid = Grid(tuple(sizes))
+        cells = grid.cells
+        return cls(grid, np.full(cells, float(value)), np.zeros((cells, cells)), np.zeros(cells), delta(grid))
+
+    def with_moments(self, mean: Array, cross: Array, within: Array, **changes: object) -> State:
+        """A new source on the same grid, Gaussian unless a ``shape`` is given."""
+        options: dict[str, object] = {
+            "near": self.near,
+            "far": self.far,
+            "scatter": self.scatter,
+            "simplex": None,
+            **changes,
+        }
+        return State(self.grid, mean, cross, within, **options)  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------- moments
+
+    @property
+    def variance(self) -> Array:
+        """(cells,): over channels and examples."""
+        return np.maximum(np.diagonal(self.cross) + self.within, 0.0)
+
+    @cached_property
+    def second_moment(self) -> float:
+        """Mean over positions of the second moment."""
+        return float(self.grid.share @ (self.mean**2 + self.variance))
+
+    @cached_property
+    def average_variance(self) -> float:
+        """Mean over positions of the variance over channels and examples."""
+        return float(self.grid.share @ self.variance)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all channels and examples have the same value."""
+        return self.average_variance <= 1e-24 * (1.0 + float(np.max(self.mean**2)))
+
+    @cached_property
+    def _pairs_at_offsets(self) -> Array:
+        """Number of pairs of positions at every offset of ``near``."""
+        counts = np.ones(())
+        for size, length in zip(self.grid.sizes, self.near.shape, strict=True):
+            axis = np.maximum(size - np.abs(np.arange(length) - length // 2), 0)
+            counts = np.multiply.outer(counts, axis.astype(float))
+        return counts
+
+    def pooled_near(self) -> float:
+        """Mean of the excess correlation over all pairs of positions."""
+        counts, pairs = self._pairs_at_offsets, float(self.grid.positions) ** 2
+        return float(((counts * self.near).sum() + (pairs - counts.sum()) * self.far) / pairs)
+
+    def statistics(self, examples: int) -> tuple[float, float]:
+        """Average channel squared mean and variance of a batch of so many examples."""
+        share = self.grid.share
+        within = float(share @ np.sqrt(self.within)) ** 2 * self.pooled_near() / max(examples, 1)
+        squared_mean = float(share @ self.mean) ** 2 + float(share @ self.cross @ share) + within
+        return squared_mean, max(self.second_moment - squared_mean, 0.0)
+
+    def near_at(self, offset: Sequence[int]) -> float:
+        """Excess correlation at an offset."""
+        index = tuple(d + n // 2 for d, n in zip(offset, self.near.shape, strict=True))
+        if any(not 0 <= i < n for i, n in zip(index, self.near.shape, strict=True)):
+            return self.far
+        return float(self.near[index])
+
+    # ---------------------------------------------------------------- distribution
+
+    @property
+    def values(self) -> Array:
+        """(cells, nodes): what the activation is at the nodes of its latent."""
+        if self._values is None:
+            shape = _NODES if self.shape is None else self.shape
+            self._values = self.mean[:, None] + np.sqrt(self.variance)[:, None] * shape
+        return self._values
+
+    @property
+    def latent(self) -> Latent:
+        """The Gaussian field that the values are a function of."""
+        if self._latent is None:
+            self._latent = self._invert()
+        return self._latent
+
+    def _invert(self) -> Latent:
+        """The latent's correlations that give the covariances, the distribution being ``shape``."""
+        deviation = np.sqrt(np.maximum(self.variance, _TINY))
+        cross = np.clip(self.cross / np.outer(deviation, deviation), -1.0, 1.0)
+        common, own = self._split()
+        near, far = common + own * self.near, common + own * self.far
+        if self.shape is not None:
+            correlation = np.linspace(-1.0, 1.0, 201)
+            covariance = _mehler(_HERMITE.T @ self.shape, 1.0, correlation)
+            order = np.maximum.accumulate(covariance)
+            cross = np.interp(cross, order, correlation)
+            near, far = np.interp(near, order, correlation), float(np.interp(far, order, correlation))
+        return Latent(cross, np.clip(near, -1.0, 1.0), float(np.clip(far, -1.0, 1.0)))
+
+    def _split(self) -> tuple[float, float]:
+        """Shares of the average variance that two examples have in common, and that they have not."""
+        total = max(self.average_variance, _TINY)
+        own = float(self.grid.share @ self.within) / total
+        return 1.0 - own, own
+
+    def standardised(self) -> Array:
+        """(nodes,): the average distribution's quantiles, with mean 0 and variance 1."""
+        if self.shape is not None:
+            return self.shape
+        if self._values is None:
+            return _NODES
+        average = np.sort(self.grid.share @ self._values) if _is_monotone(self._values) else self._quantiles()
+        average = average - _WEIGHTS @ average
+        scale = np.sqrt(_WEIGHTS @ average**2)
+        return average / scale if scale > 0 else _NODES
+
+    def _quantiles(self) -> Array:
+        values = self.grid.share @ self.values
+        return weighted_quantiles(values, _WEIGHTS)
+
+    # ---------------------------------------------------------------- elementwise
+
+    def map(self, function: Callable[[Array], Array]) -> State:
+        """An elementwise function of the activation."""
+        return elementwise(lambda values: function(values[0]), [self])
+
+    def scaled(self, factor: float, shift: float = 0.0) -> State:
+        """factor · x + shift: exact, and keeps everything that is known."""
+        shape = self.shape
+        if factor < 0 and shape is not None:
+            shape = -shape  # a decreasing function of the same latent
+        return State(
+            self.grid,
+            self.mean * factor + shift,
+            self.cross * factor**2,
+            self.within * factor**2,
+            self.near,
+            self.far,
+            shape,
+            {source: coefficient * factor for source, coefficient in self.parts.items()},
+            self.scatter,
+            self.padding,
+            None,
+            self.latent,
+            self.values * factor + shift,
+        )
+
+
+def delta(grid: Grid) -> Array:
+    """No correlation between neighbours."""
+    near = np.zeros(window_shape(grid))
+    near[tuple(n // 2 for n in near.shape)] = 1.0
+    return near
+
+
+def window_shape(grid: Grid) -> tuple[int, ...]:
+    """Offsets that are kept for a map."""
+    return tuple(2 * min(REACH, size - 1) + 1 for size in grid.sizes)
+
+
+def offsets_of(grid: Grid) -> list[tuple[int, ...]]:
+    """The offsets in the order of ``near``'s elements."""
+    return list(itertools.product(*(range(-(n // 2), n // 2 + 1) for n in window_shape(grid))))
+
+
+def elementwise(function: Callable[[list[Array]], Array], states: Sequence[State]) -> State:
+    """A function of activations that share one latent, or are constant.
+
+    Args:
+        function: takes (cells, nodes) arrays, one for each state, or (1, 1) ones.
+
+    Raises:
+        ValueError: two of them have different latents.
+    """
+    varying = [state for state in states if not state.is_constant]
+    if not varying:
+        largest = max(states, key=lambda state: state.grid.cells)
+        with np.errstate(all="ignore"):
+            values = function([np.broadcast_to(state.mean, largest.mean.shape)[:, None].copy() for state in states])
+        mean = np.broadcast_to(np.asarray(values, float).reshape(-1), (largest.grid.cells,)).copy()
+        return largest.with_moments(mean, np.zeros_like(largest.cross), np.zeros_like(largest.within))
+    base = max(varying, key=lambda state: state.grid.cells)
+    latent = base.latent
+    if any(state.latent is not latent for state in varying):
+        raise ValueError("these activations are not functions of one latent")
+    with np.errstate(all="ignore"):
+        shape = base.values.shape
+        operands = [state.mean[:, None] if state.is_constant else state.values for state in states]
+        values = np.asarray(function([np.broadcast_to(values, shape).copy() for values in operands]), float)
+    return from_values(base, values, latent)
+
+
+def from_values(base: State, values: Array, latent: Latent) -> State:
+    """The state of a function of ``latent`` that is known by its values at the nodes."""
+    coefficients = values @ _HERMITE  # (cells, degrees + 1)
+    mean = coefficients[:, 0]
+    variance = ((values - mean[:, None]) ** 2) @ _WEIGHTS
+    tail = np.sqrt(np.maximum(variance - (coefficients[:, 1:] ** 2).sum(axis=1), 0.0))
+    cross = _mehler_pairs(coefficients, tail, latent.cross)
+    share = base.grid.share
+    squares = share @ coefficients[:, 1:] ** 2
+    tail_square = float(share @ tail**2)
+    terms = np.concatenate([[0.0], squares])
+    common = float(share @ np.diagonal(cross))
+    total = float(share @ variance)
+    own = max(total - common, _TINY)
+    near = np.asarray((_series(terms, tail_square, latent.near) - common) / own)
+    far = float((_series(terms, tail_square, np.array(latent.far)) - common) / own)
+    near[tuple(n // 2 for n in near.shape)] = 1.0  # also for the () of a pooled activation
+    within = variance - np.diagonal(cross)
+    return State(base.grid, mean, cross, within, near, far, None, {}, base.scatter, (), None, latent, values)
+
+
+def _mehler(coefficients: Array, variance: float, correlation: Array) -> Array:
+    squares = coefficients**2
+    squares[0] = 0.0
+    return _series(squares, max(variance - float(squares.sum()), 0.0), correlation)
+
+
+def _series(terms: Array, tail: float, correlation: Array) -> Array:
+    total = np.zeros_like(correlation)
+    for term in terms[::-1]:
+        total = total * correlation + term
+    return total + tail * np.sign(correlation) * np.abs(correlation) ** _TAIL
+
+
+def _mehler_pairs(coefficients: Array, tail: Array, correlation: Array) -> Array:
+    total = np.zeros_like(correlation)
+    largest = float(np.abs(correlation).max(initial=0.0))
+    if largest == 0.0:
+        return total
+    degree = coefficients.shape[1] - 1
+    if largest < 0.5:  # later powers are below rounding
+        degree = min(degree, math.ceil(-25.0 / math.log(largest)))
+    for k in range(degree, 0, -1):
+        column = coefficients[:, k]
+        total += column[:, None] * column
+        total *= correlation
+    return (
+        total if largest < 0.5 else total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
+    )
+
+
+def sum_shape(first: State, second: State) -> Array | None:
+    """The standardised distribution of a sum of independent activations; None if it is Gaussian enough."""
+    shapes = first.standardised(), second.standardised()
+    if all(_is_gaussian(shape) for shape in shapes):
+        return None
+    coarse = slice(0, None, 5)
+    weights = _WEIGHTS[coarse] / _WEIGHTS[coarse].sum()
+    deviations = [np.sqrt(state.average_variance) for state in (first, second)]
+    values = np.add.outer(shapes[0][coarse] * deviations[0], shapes[1][coarse] * deviations[1]).reshape(-1)
+    return standardise(weighted_quantiles(values, np.outer(weights, weights).reshape(-1)))
+
+
+def standardise(values: Array) -> Array | None:
+    """Quantiles at the nodes shifted and scaled to mean 0 and variance 1; None if they are a Gaussian's."""
+    values = values - _WEIGHTS @ values
+    scale = np.sqrt(_WEIGHTS @ values**2)
+    if not scale > 0:
+        return None
+    values = values / scale
+    return None if _is_gaussian(values) else values
+
+
+def weighted_quantiles(values: Array, weights: Array) -> Array:
+    """(nodes,): the quantiles of a weighted sample at the normal distribution's levels of the nodes."""
+    from scipy.special import ndtr
+
+    order = np.argsort(values, kind="stable")
+    level = np.cumsum(weights[order]) - 0.5 * weights[order]
+    return np.interp(ndtr(_NODES), level, values[order])
+
+
+def _is_gaussian(shape: Array) -> bool:
+    return bool(_WEIGHTS @ (shape - _NODES) ** 2 < 1e-6)
+
+
+def _is_monotone(values: Array) -> bool:
+    return bool((np.diff(values, axis=1) >= -1e-9).all())
+
+
+def _clipped(cross: Array) -> Array:
+    """Without rounding's negative variances."""
+    diagonal = np.diagonal(cross)
+    if (diagonal < 0).any():
+        cross = cross.copy()
+        np.fill_diagonal(cross, np.maximum(diagonal, 0.0))
+    return cross
