@@ -435,12 +435,14 @@ def test_a_stream_of_batches_gives_the_statistics_of_all_together() -> None:
 def test_data_loaders_mappings_and_own_calls() -> None:
     model, inputs = Residual(torch.add), torch.randn(4, 3, 8, 8)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, torch.arange(4)), batch_size=2)
+    random_state = torch.get_rng_state()
     expected = nf.spp(model, [inputs[:2], inputs[2:]])
     assert nf.spp(model, loader) == expected
     assert nf.spp(model, {"x": inputs}).points == nf.spp(model, inputs).points
     own = nf.spp(model, [{"pixels": inputs}], forward=lambda m, batch: m(batch["pixels"]))
     assert own.points == nf.spp(model, inputs).points
     assert nf.spp(model, loader, max_batches=1).examples == 2
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_bad_inputs_are_named() -> None:

@@ -204,3 +204,18 @@ def test_notes_and_labels():
     assert nf.predict_spp(model, (2, 3, 32, 32), label="x").label == "x"
     assert isinstance(PredictedTrace(model), PredictedTrace)
     assert all(math.isfinite(point.avg_channel_variance) for point in nf.predict_spp(model, (1, 3, 32, 32)).points)
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "fixup_resnet26"])
+def test_scalars_on_the_meta_device_get_a_value_and_a_note(name: str) -> None:
+    shape = (4, 3, 64, 64)
+    with torch.device("meta"):
+        bare = nf.create_model(name, 10, width=0.25)
+    with nf.without_weights():
+        declared = nf.create_model(name, 10, width=0.25)
+    predicted, expected = nf.predict_spp(bare, shape), nf.predict_spp(declared, shape)
+    assert "have no value" in predicted.notes[0]
+    if name == "nf_resnet26":
+        for point, other in zip(predicted.points, expected.points, strict=True):
+            assert point.avg_channel_variance == pytest.approx(other.avg_channel_variance, rel=0.03)
+    assert all(parameter.is_meta for parameter in bare.parameters())

@@ -70,10 +70,11 @@ def spp(
         raise ValueError(f"norm_statistics: expected 'batch' or 'running', got {norm_statistics!r}")
     measurement = _Measurement(_plain_module(model), channel_axis, norm_statistics, backward, loss, forward)
     examples = 0
-    for count, batch in enumerate(itertools.islice(_batches(inputs), max_batches), start=1):
-        examples += measurement.add(batch)
-        if on_batch is not None:
-            on_batch(count)
+    with torch.random.fork_rng(devices=_cuda_devices(model)):  # a loader that shuffles draws a seed
+        for count, batch in enumerate(itertools.islice(_batches(inputs), max_batches), start=1):
+            examples += measurement.add(batch)
+            if on_batch is not None:
+                on_batch(count)
     if measurement.total is None:
         raise ValueError("inputs: there was no batch in them")
     return SignalPropagation(_points(measurement.total), label or _default_label(model), examples)
@@ -225,7 +226,6 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     if norm_statistics == "batch":
@@ -235,7 +235,7 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide a whole transformer layer
     try:
         with (
-            torch.random.fork_rng(devices=[device.index for device in devices]),
+            torch.random.fork_rng(devices=_cuda_devices(model)),
             torch.compiler.set_stance("force_eager"),
         ):
             yield
@@ -249,6 +249,10 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
             if buffer is not None and value is not None and not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"})
 
 
 def _merged(total: TraceResult, new: TraceResult) -> TraceResult:

@@ -120,7 +120,12 @@ def _run(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     x = torch.empty(shape, device="meta", dtype=dtype)
     state = State.noise(shape[2:]) if input is None else regrid(input, shape[2:])
-    with _undisturbed(model, norm_statistics), torch.no_grad():
+    with _undisturbed(model, norm_statistics), torch.no_grad(), _scalars_with_values(model) as without_value:
+        if without_value:
+            trace.note(
+                f"{len(without_value)} scalars such as {without_value[0]} are on the meta device and have no value; "
+                "taken as 1, biases as 0 (build the model inside normfree.without_weights() to keep their values)"
+            )
         try:
             with trace.hooks(), trace:
                 trace.watch(x, state)
@@ -137,6 +142,26 @@ def _run(
             ) from error
     trace.propagate_back(output)
     return trace
+
+
+@contextlib.contextmanager
+def _scalars_with_values(model: nn.Module) -> Iterator[list[str]]:
+    """Gives one-element parameters on the ``meta`` device a value for a while; yields their names."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    names = []
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and parameter.numel() == 1:
+                replaced.append((module, name, parameter))
+                names.append(f"{path}.{name}".removeprefix("."))
+    try:
+        for module, name, parameter in replaced:
+            value = torch.zeros if "bias" in name else torch.ones
+            module._parameters[name] = nn.Parameter(value(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+        yield names
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def _needs_values(error: Exception) -> bool:
@@ -303,11 +328,12 @@ class PredictedTrace(Trace):
             gap = True
             state = next((node.state for _, node in inputs if node.state is not None), None)
             where = f" in {self._stack[-1].path}" if self._stack and self._stack[-1].path else ""
-            self._note(f"{func._schema.name.removeprefix('aten::')}{where}: {error}; passed through")
+            self.note(f"{func._schema.name.removeprefix('aten::')}{where}: {error}; passed through")
         flows = [(node, flow) for flow in call.flows if (node := self._graph.node(flow.tensor)) is not None]
         return state, flows, gap
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Adds a note to the prediction, once."""
         if note not in self.notes:
             self.notes.append(note)
 
