@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Scale = float | Tensor
 """A scalar that a weight carries: a constant, or a tensor with one element that may be learned."""
@@ -47,14 +48,169 @@ def standardize_weight(
     if weight.ndim < 2:
         raise ValueError(f"weight: expected (out, *fan_in) with at least two axes, got shape {tuple(weight.shape)}")
     _check_gain(gain, weight.shape[0])
-    rows = _at_least_float32(weight).flatten(1)
+    full = _at_least_float32(weight)
+    if _is_plain(full, gain, scale):
+        result = _fused(full, _factor(gain, scale, full), eps, eps_mode)
+    else:
+        result = _composed(full, gain, scale, eps, eps_mode)
+    return result.to(weight.dtype)
+
+
+def _composed(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mode: EpsMode) -> Tensor:
+    """The formula in operations that autograd, vmap and compilers know."""
+    rows = weight.flatten(1)
     centred = rows - rows.mean(dim=1, keepdim=True)
     sum_of_squares = centred.square().sum(dim=1, keepdim=True)  # N · var
     guarded = sum_of_squares.clamp(min=eps) if eps_mode == "floor" else sum_of_squares + rows.shape[1] * eps
     factor = guarded.rsqrt() * scale
     if gain is not None:
         factor = factor * gain.reshape(-1, 1)
-    return (centred * factor).reshape(weight.shape).to(weight.dtype)
+    return (centred * factor).reshape(weight.shape)
+
+
+def _is_plain(weight: Tensor, gain: Tensor | None, scale: Scale) -> bool:
+    """Whether the fused version may be used: ordinary tensors on the CPU, and nothing that looks into operations."""
+    tensors = [tensor for tensor in (weight, gain, scale) if isinstance(tensor, Tensor)]
+    return (
+        weight.device.type == "cpu"
+        and weight.numel() > 0
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and _row_memory_is_dense(weight)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._functorch.peek_interpreter_stack()
+        and forward_ad._current_level < 0
+    )
+
+
+def _row_memory_is_dense(weight: Tensor) -> bool:
+    """Whether each output unit lies in one piece of memory, in whatever order of its axes."""
+    if weight.is_contiguous():
+        return True
+    if weight.ndim == 4:
+        return weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _factor(gain: Tensor | None, scale: Scale, weight: Tensor) -> Tensor:
+    """gain · scale: (out,), in the precision of ``weight``."""
+    if gain is None:
+        if not isinstance(scale, Tensor):
+            return weight.new_full((weight.shape[0],), scale)
+        return scale.reshape(1).to(weight.dtype).expand(weight.shape[0])
+    flat = gain.reshape(-1)
+    if isinstance(scale, Tensor):
+        return (flat * scale.reshape(1)).to(weight.dtype)
+    return (flat if scale == 1.0 else flat * scale).to(weight.dtype)
+
+
+def _fused(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
+    if torch.is_grad_enabled() and (weight.requires_grad or factor.requires_grad):
+        return _Standardize.apply(weight, factor, eps, eps_mode)  # type: ignore[no-untyped-call]
+    return _forward(weight, factor, eps, eps_mode)[0]
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(out, N) on the same memory, whatever the order of the axes behind the first."""
+    fan_in = tensor.numel() // tensor.shape[0]
+    return tensor.as_strided((tensor.shape[0], fan_in), (fan_in, 1))
+
+
+def _forward(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> tuple[Tensor, Tensor, Tensor]:
+    """Ŵ with the strides of ``weight``, the mean and the root of N · var of each row, both (out, 1)."""
+    rows = _as_rows(weight)
+    mean = rows.mean(dim=1, keepdim=True)
+    result = rows - mean
+    norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
+    if eps_mode == "floor":
+        divisor = norm.clamp(min=math.sqrt(eps))
+    else:
+        divisor = (norm.square() + rows.shape[1] * eps).sqrt()
+    result.mul_(factor.detach().unsqueeze(1) / divisor)
+    return result.as_strided(weight.shape, weight.stride()), mean, norm
+
+
+class _Standardize(torch.autograd.Function):
+    """Saves the raw weight and two numbers per row; the gradient is one call of BatchNorm's backward kernel.
+
+    Each row is a channel to BatchNorm, (W − mean) · inverse_std · affine with affine = factor / √N, and its kernel
+    gives the gradients of the row and of its factor in one go. It also projects the gradient on the row, which must
+    not happen where ``eps`` bounds the variance from below: there inverse_std is made smaller, and affine larger, by
+    a factor whose square vanishes beside 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
+        result, mean, norm = _forward(weight, factor, eps, eps_mode)
+        ctx.save_for_backward(weight, factor, mean, norm)
+        ctx.eps, ctx.eps_mode = eps, eps_mode
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        weight, factor, mean, norm = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or not _is_plain(gradient, None, 1.0):
+            return *_differentiable_backward(weight, factor, gradient, wanted, ctx.eps, ctx.eps_mode), None, None
+        return *_backward(weight, factor, mean, norm, gradient, wanted, ctx.eps, ctx.eps_mode), None, None
+
+
+_VANISHING = 2.0**-30
+
+
+def _backward(
+    weight: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    norm: Tensor,
+    gradient: Tensor,
+    wanted: Sequence[bool],
+    eps: float,
+    eps_mode: EpsMode,
+) -> tuple[Tensor | None, Tensor | None]:
+    if gradient.stride() != weight.stride():
+        gradient = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(gradient)
+    rows, upstream, norm = _as_rows(weight), _as_rows(gradient), norm.squeeze(1)
+    root = math.sqrt(rows.shape[1])
+    if eps_mode == "floor":
+        inverse_std = root / norm.clamp(min=math.sqrt(eps))
+        share = torch.where(norm < math.sqrt(eps), _VANISHING, 1.0).to(norm.dtype)
+        inverse_std, affine = inverse_std * share, factor / (root * share)
+    else:
+        inverse_std, share = root * (norm.square() + rows.shape[1] * eps).rsqrt(), None
+        affine = factor / root
+    of_weight, of_affine, _ = torch.ops.aten.native_batch_norm_backward(
+        upstream.unsqueeze(0),
+        rows.unsqueeze(0),
+        affine,
+        None,
+        None,
+        mean.squeeze(1),
+        inverse_std,
+        True,
+        0.0,
+        [wanted[0], wanted[1], False],
+    )
+    if wanted[0]:
+        of_weight = of_weight.squeeze(0).as_strided(weight.shape, weight.stride())
+    if wanted[1]:
+        of_affine = of_affine / (root if share is None else root * share)
+    return of_weight if wanted[0] else None, of_affine if wanted[1] else None
+
+
+def _differentiable_backward(
+    weight: Tensor, factor: Tensor, gradient: Tensor, wanted: Sequence[bool], eps: float, eps_mode: EpsMode
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by autograd, which can go through it once more."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:
+            weight, factor = (t.detach().requires_grad_(w) for t, w in zip((weight, factor), wanted, strict=True))
+        result = _composed(weight, factor, 1.0, eps, eps_mode)
+        inputs = [tensor for tensor, is_wanted in zip((weight, factor), wanted, strict=True) if is_wanted]
+        found = iter(torch.autograd.grad(result, inputs, gradient, create_graph=create_graph))
+    return next(found) if wanted[0] else None, next(found) if wanted[1] else None
 
 
 def standardize_transposed_weight(
