@@ -19,6 +19,7 @@ from .layers import (
     WSLinear,
 )
 from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
+from .sharing import SharedStandardization, shared_standardization
 from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
 from .weights import (
@@ -40,6 +41,7 @@ __all__ = [
     "EfficientChannelAttention",
     "ModelCost",
     "ScaledConv2d",
+    "SharedStandardization",
     "SignalPoint",
     "SignalPropagation",
     "SqueezeExcite",
@@ -69,6 +71,7 @@ __all__ = [
     "push_to_hub",
     "save_pretrained",
     "save_weights",
+    "shared_standardization",
     "spp",
     "standardize_weight",
 ]
