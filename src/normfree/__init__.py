@@ -22,6 +22,7 @@ from .models import DataConfig, batchnorm_twin, create_model, data_config, list_
 from .sharing import SharedStandardization, shared_standardization
 from .signal import SignalPoint, SignalPropagation, plot_signals, spp
 from .standardize import standardize_weight
+from .surgery import fold
 from .weights import (
     CheckpointError,
     from_pretrained,
@@ -59,6 +60,7 @@ __all__ = [
     "batchnorm_twin",
     "create_model",
     "data_config",
+    "fold",
     "from_pretrained",
     "from_timm",
     "gain",

@@ -459,15 +459,17 @@ class _WSConvTranspose(_StandardizedWeight):
             )
         if output_size is not None:
             raise ValueError("output_size: padding='same' fixes the output size at input size times stride")
-        # the mirror image of a SAME convolution on the output's size
-        reach = [spread * (taps - 1) + 1 for taps, spread in zip(self.kernel_size, self.dilation, strict=True)]
-        surplus = [extent - step for extent, step in zip(reach, self.stride, strict=True)]
-        before = [max(extra, 0) // 2 for extra in surplus]
-        missing = [max(-extra, 0) for extra in surplus]
+        before, missing = self._same_padding()
         output = transposed(input, weight, bias, self.stride, before, missing, self.groups, self.dilation)
         for axis, step in zip(range(-dims, 0), self.stride, strict=True):
             output = output.narrow(axis, 0, input.shape[axis] * step)
         return output
+
+    def _same_padding(self) -> tuple[list[int], list[int]]:
+        """What is cut off in front, and added behind: the mirror image of a SAME convolution on the output's size."""
+        reach = [spread * (taps - 1) + 1 for taps, spread in zip(self.kernel_size, self.dilation, strict=True)]
+        surplus = [extent - step for extent, step in zip(reach, self.stride, strict=True)]
+        return [max(extra, 0) // 2 for extra in surplus], [max(-extra, 0) for extra in surplus]
 
 
 _WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight Standardization.

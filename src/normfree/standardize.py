@@ -122,10 +122,8 @@ def _forward(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> t
     mean = rows.mean(dim=1, keepdim=True)
     result = rows - mean
     norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
-    if eps_mode == "floor":
-        divisor = norm.clamp(min=math.sqrt(eps))
-    else:
-        divisor = (norm.square() + rows.shape[1] * eps).sqrt()
+    added = rows.shape[1] * eps
+    divisor = norm.clamp(min=math.sqrt(eps)) if eps_mode == "floor" else (norm.square() + added).sqrt()
     result.mul_(factor.detach().unsqueeze(1) / divisor)
     return result.as_strided(weight.shape, weight.stride()), mean, norm
 

@@ -1,0 +1,5 @@
+"""A model in, a model out."""
+
+from .fold import fold
+
+__all__ = ["fold"]
