@@ -116,85 +116,78 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.shape[0], fan_in), (fan_in, 1))
 
 
-def _forward(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> tuple[Tensor, Tensor, Tensor]:
-    """Ŵ with the strides of ``weight``, the mean and the root of N · var of each row, both (out, 1)."""
+def _forward(
+    weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Ŵ with the strides of ``weight``; and (out, 1) each: the rows' means, their divisors, and factor / divisor."""
     rows = _as_rows(weight)
     mean = rows.mean(dim=1, keepdim=True)
     result = rows - mean
     norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
     added = rows.shape[1] * eps
-    divisor = norm.clamp(min=math.sqrt(eps)) if eps_mode == "floor" else (norm.square() + added).sqrt()
-    result.mul_(factor.detach().unsqueeze(1) / divisor)
-    return result.as_strided(weight.shape, weight.stride()), mean, norm
+    divisor = norm.clamp_(min=math.sqrt(eps)) if eps_mode == "floor" else norm.square_().add_(added).sqrt_()
+    quotient = factor.detach().unsqueeze(1) / divisor
+    result.mul_(quotient)
+    return result.as_strided(weight.shape, weight.stride()), (mean, divisor, quotient)
 
 
 class _Standardize(torch.autograd.Function):
     """Saves the raw weight and two numbers per row; the gradient is one call of BatchNorm's backward kernel.
 
-    Each row is a channel to BatchNorm, (W − mean) · inverse_std · affine with affine = factor / √N, and its kernel
-    gives the gradients of the row and of its factor in one go. It also projects the gradient on the row, which must
-    not happen where ``eps`` bounds the variance from below: there inverse_std is made smaller, and affine larger, by
-    a factor whose square vanishes beside 1.
+    Each row is a channel to BatchNorm, (W − mean) · inverse_std · affine, and its kernel gives the gradients of the
+    row and of affine in one go. It also projects the gradient on the row, with the square of inverse_std, which must
+    not happen where ``eps`` bounds the variance from below: there inverse_std is next to nothing, and affine makes up
+    for it.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
-        result, mean, norm = _forward(weight, factor, eps, eps_mode)
-        ctx.save_for_backward(weight, factor, mean, norm)
+        result, of_rows = _forward(weight, factor, eps, eps_mode)
+        ctx.save_for_backward(weight, factor, *of_rows)
         ctx.eps, ctx.eps_mode = eps, eps_mode
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        weight, factor, mean, norm = ctx.saved_tensors
+        weight, factor, *of_rows = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or not _is_plain(gradient, None, 1.0):
             return *_differentiable_backward(weight, factor, gradient, wanted, ctx.eps, ctx.eps_mode), None, None
-        return *_backward(weight, factor, mean, norm, gradient, wanted, ctx.eps, ctx.eps_mode), None, None
+        return *_backward(weight, gradient, of_rows, wanted, ctx.eps, ctx.eps_mode), None, None
 
 
-_VANISHING = 2.0**-30
+_VANISHING = 1e-15
 
 
 def _backward(
-    weight: Tensor,
-    factor: Tensor,
-    mean: Tensor,
-    norm: Tensor,
-    gradient: Tensor,
-    wanted: Sequence[bool],
-    eps: float,
-    eps_mode: EpsMode,
+    weight: Tensor, gradient: Tensor, of_rows: Sequence[Tensor], wanted: Sequence[bool], eps: float, eps_mode: EpsMode
 ) -> tuple[Tensor | None, Tensor | None]:
     if gradient.stride() != weight.stride():
         gradient = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(gradient)
-    rows, upstream, norm = _as_rows(weight), _as_rows(gradient), norm.squeeze(1)
-    root = math.sqrt(rows.shape[1])
+    rows, upstream = _as_rows(weight), _as_rows(gradient)
+    mean, divisor, quotient = (tensor.view(-1) for tensor in of_rows)
+    inverse_std = math.sqrt(rows.shape[1]) / divisor
     if eps_mode == "floor":
-        inverse_std = root / norm.clamp(min=math.sqrt(eps))
-        share = torch.where(norm < math.sqrt(eps), _VANISHING, 1.0).to(norm.dtype)
-        inverse_std, affine = inverse_std * share, factor / (root * share)
-    else:
-        inverse_std, share = root * (norm.square() + rows.shape[1] * eps).rsqrt(), None
-        affine = factor / root
+        inverse_std.masked_fill_(divisor <= math.sqrt(eps) * (1.0 + 1e-6), _VANISHING)
     of_weight, of_affine, _ = torch.ops.aten.native_batch_norm_backward(
         upstream.unsqueeze(0),
         rows.unsqueeze(0),
-        affine,
+        quotient / inverse_std,
         None,
         None,
-        mean.squeeze(1),
+        mean,
         inverse_std,
         True,
         0.0,
         [wanted[0], wanted[1], False],
     )
+    of_factor = None
     if wanted[0]:
-        of_weight = of_weight.squeeze(0).as_strided(weight.shape, weight.stride())
+        of_weight = of_weight.as_strided(weight.shape, weight.stride())
     if wanted[1]:
-        of_affine = of_affine / (root if share is None else root * share)
-    return of_weight if wanted[0] else None, of_affine if wanted[1] else None
+        of_factor = of_affine / inverse_std.mul_(divisor)
+    return of_weight if wanted[0] else None, of_factor
 
 
 def _differentiable_backward(
