@@ -1,36 +1,88 @@
-"""``python -m benchmarks spp``: prints a table, and writes the numbers if a file is named."""
+"""``python -m benchmarks train|infer|accumulate|memory|spp|scaling``: a table, and files where they are named."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from . import spp
+from . import memory, passes, report, scaling, spp
+from .contenders import MODELS, Setting
+
+_BATCHES = {"train": [1, 16], "infer": [1, 8], "accumulate": [1], "memory": [16], "scaling": [4]}
+_HELP = {
+    "train": "training step, one update per batch",
+    "infer": "inference, cached and folded",
+    "accumulate": "eight microbatches, then an update",
+    "memory": "peak of allocated bytes in a training step",
+    "scaling": "a training step over depth, width, resolution and batch",
+}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Side-by-side timings.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in _HELP.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--models", nargs="+", default=["nf_resnet50"], help=f"of {', '.join(MODELS)}, or others")
+        command.add_argument("--batch", type=int, nargs="+", default=_BATCHES[name])
+        command.add_argument("--size", type=int, default=224, help="pixels")
+        command.add_argument("--width", type=float, default=1.0)
+        command.add_argument("--repeats", type=int, default=10)
+        command.add_argument("--rounds", type=int, default=2, help="times that the whole table is measured")
+        command.add_argument("--depths", type=int, nargs="+", default=list(scaling.DEPTHS), help="for scaling")
+        command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
+        command.add_argument("--channels-last", action="store_true")
+        command.add_argument("--compile", action="store_true", help="with CUDA graphs on a GPU")
+        _add_outputs(command)
     command = commands.add_parser("spp", help="a Signal Propagation Plot against a bare forward pass")
     command.add_argument("--models", nargs="+", default=list(spp.MODELS))
     command.add_argument("--batch", type=int, default=8)
     command.add_argument("--size", type=int, default=224)
     command.add_argument("--repeats", type=int, default=15)
+    _add_outputs(command)
+    options = parser.parse_args(arguments)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    result = _run(options)
+    result["load_before"] = load
+    print(f"{result['machine']}, load {load} before")
+    print(report.table(result["rows"]))
+    if options.json is not None:
+        report.write_json(result, options.json)
+    if options.csv is not None:
+        report.write_csv(result["rows"], options.csv)
+    if options.figure is not None:
+        report.write_figure(result, options.figure)
+
+
+def _add_outputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=Path, help="file to write")
-    arguments = parser.parse_args()
-    result = spp.run(tuple(arguments.models), arguments.batch, arguments.size, arguments.repeats)
-    print(f"{result['machine']}, batch {arguments.batch}, {arguments.size} px, median of {arguments.repeats}")
-    print(
-        f"{'model':24s} {'forward':>10s} {'spp':>10s} {'hooks':>10s} {'spp/fwd':>8s} {'hooks/fwd':>9s} {'spread':>7s}"
+    command.add_argument("--csv", type=Path, help="file to write")
+    command.add_argument("--figure", type=Path, help="file to write (.png, .svg, .pdf)")
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    models = tuple(options.models)
+    if options.command == "spp":
+        return {"benchmark": "spp", **spp.run(models, options.batch, options.size, options.repeats)}
+    first = Setting(
+        options.batch[0],
+        options.size,
+        options.device,
+        options.dtype,
+        options.channels_last,
+        options.compile,
+        options.width,
     )
-    for row in result["rows"]:
-        print(
-            f"{row['model']:24s} {row['forward_ms']:7.1f} ms {row['spp_ms']:7.1f} ms {row['hooks_ms']:7.1f} ms "
-            f"{row['spp_over_forward']:8.3f} {row['hooks_over_forward']:9.3f} {row['spread']:7.3f}"
-        )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    settings = [replace(first, batch=batch) for batch in options.batch]
+    if options.command == "memory":
+        return memory.run(models, settings)
+    if options.command == "scaling":
+        return scaling.run(first, options.repeats, tuple(options.depths))
+    return passes.run(options.command, models, settings, options.repeats, options.rounds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import normfree as nf
 from normfree._torchvision import import_timm
-from normfree.standardize import standardize_transposed_weight
+from normfree.standardize import _composed, standardize_transposed_weight
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda shape: math.prod(shape[1:]) > 1)
 
@@ -224,3 +224,74 @@ def test_vmap_over_many_weights():
     many = torch.func.vmap(transposed)(weights, gains)
     each = torch.stack([transposed(w, g) for w, g in zip(weights, gains, strict=True)])
     torch.testing.assert_close(many, each)
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "added"])
+@pytest.mark.parametrize("eps", [1e-12, 1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "channels_last_3d"])
+def test_the_fused_version_is_the_formula(layout, eps, eps_mode):
+    shape = (6, 4, 2, 3, 2) if layout == "channels_last_3d" else (6, 4, 3, 2)
+    weight = float64(*shape) * torch.linspace(0.02, 1, 6, dtype=torch.float64).reshape(6, *(1,) * (len(shape) - 1))
+    if layout.startswith("channels_last"):
+        weight = weight.to(memory_format=getattr(torch, layout))
+    elif layout == "transposed":
+        weight = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    weight.requires_grad_()
+    gain, scale = float64(6, seed=1).requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    wanted = (weight, gain, scale)
+    found = nf.standardize_weight(weight, gain, scale, eps, eps_mode)
+    expected = _composed(weight, gain, scale, eps, eps_mode)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    if layout.startswith("channels_last"):
+        assert found.stride() == weight.stride()
+    upstream = float64(*shape, seed=2)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, upstream),
+        torch.autograd.grad(expected, wanted, upstream),
+        rtol=1e-10,
+        atol=1e-11,
+    )
+    for part in wanted:  # each alone
+        others = [p.detach() for p in wanted]
+        others[next(i for i, p in enumerate(wanted) if p is part)] = part
+        results = [rule(*others, eps, eps_mode) for rule in (nf.standardize_weight, _composed)]
+        gradients = [torch.autograd.grad(result, part, upstream)[0] for result in results]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
+
+
+def test_without_gain_and_under_a_learned_scale():
+    weight, scale = float64(4, 9).requires_grad_(), torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    found = nf.standardize_weight(weight, None, scale)
+    expected = _composed(weight, None, scale, 1e-4, "floor")
+    upstream = float64(4, 9, seed=2)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (weight, scale), upstream), torch.autograd.grad(expected, (weight, scale), upstream)
+    )
+
+
+def test_a_gain_of_zero_still_learns():
+    weight, gain = float64(4, 9).requires_grad_(), torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    nf.standardize_weight(weight, gain).backward(float64(4, 9, seed=2))
+    assert gain.grad.abs().min() > 0
+    assert not weight.grad.any()
+
+
+def test_nothing_of_the_size_of_the_weight_is_saved_but_the_weight():
+    weight, gain = torch.randn(8, 16, requires_grad=True), torch.ones(8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        nf.standardize_weight(weight, gain, 1.7)
+    large = [tensor for tensor in saved if tensor.numel() >= weight.numel()]
+    assert [tensor.data_ptr() for tensor in large] == [weight.data_ptr()]
+
+
+def test_forward_mode_derivatives():
+    weight, tangent = float64(3, 7), float64(3, 7, seed=1)
+    _, found = torch.func.jvp(nf.standardize_weight, (weight,), (tangent,))
+    step = 1e-6
+    expected = (nf.standardize_weight(weight + step * tangent) - nf.standardize_weight(weight - step * tangent)) / 2e-6
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(nf.standardize_weight(dual)).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

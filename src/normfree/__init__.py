@@ -19,6 +19,7 @@ from .layers import (
     WSLinear,
 )
 from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
+from .sharing import SharedStandardization, shared_standardization
 from .signal import (
     Diagnosis,
     Finding,
@@ -33,7 +34,7 @@ from .signal import (
     without_weights,
 )
 from .standardize import standardize_weight
-from .surgery import CalibrationReport, calibrate, calibrated, without_norms
+from .surgery import CalibrationReport, calibrate, calibrated, fold, without_norms
 from .weights import (
     CheckpointError,
     from_pretrained,
@@ -57,6 +58,7 @@ __all__ = [
     "ModelCost",
     "PredictionError",
     "ScaledConv2d",
+    "SharedStandardization",
     "SignalPoint",
     "SignalPropagation",
     "SqueezeExcite",
@@ -77,6 +79,7 @@ __all__ = [
     "create_model",
     "data_config",
     "diagnose",
+    "fold",
     "from_pretrained",
     "from_timm",
     "gain",
@@ -91,6 +94,7 @@ __all__ = [
     "register_rule",
     "save_pretrained",
     "save_weights",
+    "shared_standardization",
     "spp",
     "standardize_weight",
     "without_norms",

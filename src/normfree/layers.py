@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._snapshot import Snapshot
 from .activation import Activation
 from .gain import GainSource, gain
 from .padding import as_pad_argument, same_padding
@@ -58,8 +60,112 @@ class _ScaledWeight:
         return self.weight if isinstance(scale, float) and scale == 1.0 else self.weight * scale
 
 
-class _StandardizedWeight(_ScaledWeight):
-    """A layer that applies its weight standardized, with one learnable gain per output channel."""
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor, and what it was computed from."""
+
+    snapshot: Snapshot
+    constant: float | None
+    value: Tensor
+    version: int  # of the value, which a caller might overwrite
+
+
+class _KeepsWhatItComputes:
+    """A module that keeps a tensor computed from its parameters: in evaluation its own, and one shared for a while.
+
+    What is kept leaves with a change of mode, of device or of precision, and is neither copied nor pickled. Mixed
+    into a torch module, in front of it.
+    """
+
+    training: bool
+    _kept: _Kept | None = None
+    _shared: SharedTensor | None = None
+
+    def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, or what it gave before if neither the sources nor the constant have changed since."""
+        if not self._may_keep(sources):
+            return compute()
+        kept = self._kept
+        if (
+            kept is not None
+            and kept.constant == constant
+            and kept.snapshot.is_of(*sources)
+            and kept.snapshot.is_current()
+            and kept.value._version == kept.version
+        ):
+            return kept.value
+        snapshot = Snapshot.of(*sources)  # before computing: a change by another thread meanwhile is then seen
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+        if type(value) is Tensor:
+            self._kept = _Kept(snapshot, constant, value, value._version)
+        return value
+
+    def _may_keep(self, sources: tuple[Tensor, ...]) -> bool:
+        return (
+            not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch._C._functorch.peek_interpreter_stack()
+            and all(type(source) in (nn.Parameter, Tensor) and not source.is_inference() for source in sources)
+            and isinstance(sources[0], nn.Parameter)
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept = None
+        return super().train(mode)  # type: ignore[misc, no-any-return]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._kept = None
+        return super()._apply(*args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_shared")}
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.__dict__.pop("_kept", None)
+        replica.__dict__.pop("_shared", None)
+        return cast(Self, replica)
+
+
+class SharedTensor:
+    """What :func:`normfree.shared_standardization` gives a module in place of what it would compute itself."""
+
+    def get(self, module: Any, output_scale: Scale | None) -> Tensor | None:
+        """The tensor, or None where the module has to compute its own."""
+        raise NotImplementedError
+
+
+class ScaledBranch(_KeepsWhatItComputes, nn.Module):
+    """A block with a residual branch whose last layer is called with ``output_scale=self.output_scale()``: α · s."""
+
+    skip_gain: nn.Parameter | None
+    alpha: float
+
+    def output_scale(self) -> Tensor | None:
+        """α times the skip gain, a tensor without axes; None where the weights hold it already."""
+        if self.skip_gain is None:
+            return None
+        if self._shared is not None:
+            shared = self._shared.get(self, None)
+            if shared is not None:
+                return shared
+        skip_gain = self.skip_gain
+        return self._computed((skip_gain,), self.alpha, lambda: skip_gain * self.alpha)
+
+    def last_layer(self) -> nn.Module:
+        """The layer that applies it."""
+        raise NotImplementedError
+
+
+class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
+    """A layer that applies its weight standardized, with one learnable gain per output channel.
+
+    In evaluation without gradients the standardized weight is kept until a parameter changes; edits that torch does
+    not count (through ``.data`` or NumPy) are seen after the next ``eval()`` or ``train()``.
+    """
 
     gain: nn.Parameter | None
     eps: float
@@ -81,6 +187,21 @@ class _StandardizedWeight(_ScaledWeight):
                 "use a plain layer here",
                 stacklevel=4,
             )
+
+    def effective_weight(self, output_scale: Scale | None = None) -> Tensor:
+        """The weight that the layer applies, every scalar included: the shape of ``weight``."""
+        if self._shared is not None:
+            shared = self._shared.get(self, output_scale)
+            if shared is not None:
+                return shared
+        sources = (self.weight,) if self.gain is None else (self.weight, self.gain)
+        constant: float | None = None
+        if isinstance(output_scale, Tensor):
+            sources = (*sources, output_scale)
+        elif output_scale is not None:
+            constant = float(output_scale)
+        compute = super().effective_weight
+        return self._computed(sources, constant, lambda: compute(output_scale))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
@@ -347,15 +468,17 @@ class _WSConvTranspose(_StandardizedWeight):
             )
         if output_size is not None:
             raise ValueError("output_size: padding='same' fixes the output size at input size times stride")
-        # the mirror image of a SAME convolution on the output's size
-        reach = [spread * (taps - 1) + 1 for taps, spread in zip(self.kernel_size, self.dilation, strict=True)]
-        surplus = [extent - step for extent, step in zip(reach, self.stride, strict=True)]
-        before = [max(extra, 0) // 2 for extra in surplus]
-        missing = [max(-extra, 0) for extra in surplus]
+        before, missing = self._same_padding()
         output = transposed(input, weight, bias, self.stride, before, missing, self.groups, self.dilation)
         for axis, step in zip(range(-dims, 0), self.stride, strict=True):
             output = output.narrow(axis, 0, input.shape[axis] * step)
         return output
+
+    def _same_padding(self) -> tuple[list[int], list[int]]:
+        """What is cut off in front, and added behind: the mirror image of a SAME convolution on the output's size."""
+        reach = [spread * (taps - 1) + 1 for taps, spread in zip(self.kernel_size, self.dilation, strict=True)]
+        surplus = [extent - step for extent, step in zip(reach, self.stride, strict=True)]
+        return [max(extra, 0) // 2 for extra in surplus], [max(-extra, 0) for extra in surplus]
 
 
 _WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight Standardization.
@@ -532,6 +655,7 @@ class StochasticDepth(nn.Module):
 
 __all__ = [
     "EfficientChannelAttention",
+    "ScaledBranch",
     "ScaledConv2d",
     "SqueezeExcite",
     "StochasticDepth",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..activation import Activation, activation_module
 from ..gain import GainSource, gain
-from ..layers import EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
+from ..layers import EfficientChannelAttention, ScaledBranch, SqueezeExcite, StochasticDepth, WSConv2d
 from ..standardize import DEFAULT_EPS, EpsMode
 from .network import AttentionPosition, BlockPlan, Convolution, Padding, Shortcut, conv_padding, shortcut_projection
 
@@ -58,7 +58,7 @@ def nf_channel_attention(se_ratio: float, eca: bool) -> Callable[[int], nn.Modul
     return partial(SqueezeExcite, ratio=se_ratio) if se_ratio else None
 
 
-class NFBlock(nn.Module):
+class NFBlock(ScaledBranch):
     """shortcut(x) + α · s · branch(activation(x) / β), with every scalar in a weight.
 
     1/β is in the weights of the two convolutions that read the activated input, γ in the weight of each convolution
@@ -118,20 +118,25 @@ class NFBlock(nn.Module):
         if channel_attention is not None:
             gated = plan.out_channels if attention_position == "end" else mid_channels
             self.channel_attention = channel_attention(gated)
-        self.skip_gain = nn.Parameter(torch.tensor(float(skip_gain)))
+        self.skip_gain: nn.Parameter | None = nn.Parameter(torch.tensor(float(skip_gain)))
         self.stochastic_depth = StochasticDepth(plan.stochastic_depth_rate(stochastic_depth_rate))
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch, α and the skip gain included."""
-        scale = self.skip_gain * self.alpha
+        scale = self.output_scale()
+        scaled = {} if scale is None else {"output_scale": scale}
         x = self.conv1(self.activation1(self.conv0(x)))
         if self.conv1b is not None and self.activation1b is not None:
             x = self.conv1b(self.activation1b(x))
         if self.channel_attention is None:
-            return self.conv2(self.activation2(x), output_scale=scale)
+            return self.conv2(self.activation2(x), **scaled)
         if self.attention_position == "middle":
-            return self.conv2(self.activation2(self.channel_attention(x)), output_scale=scale)
-        return self.channel_attention(self.conv2(self.activation2(x)), output_scale=scale)
+            return self.conv2(self.activation2(self.channel_attention(x)), **scaled)
+        return self.channel_attention(self.conv2(self.activation2(x)), **scaled)
+
+    def last_layer(self) -> nn.Module:
+        at_end = self.channel_attention is not None and self.attention_position == "end"
+        return cast(nn.Module, self.channel_attention) if at_end else self.conv2
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)

@@ -1,4 +1,5 @@
 from .calibrate import CalibrationReport, calibrate, calibrated
+from .fold import fold
 from .norms import without_norms
 
-__all__ = ["CalibrationReport", "calibrate", "calibrated", "without_norms"]
+__all__ = ["CalibrationReport", "calibrate", "calibrated", "fold", "without_norms"]
