@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,9 +111,27 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
+@cache
+def name_of(func: Any) -> str:
+    """An operation's name, such as ``aten::add_``."""
+    return func._schema.name
+
+
+@cache
+def is_mutable(func: Any) -> bool:
+    """Whether an operation writes into one of its arguments."""
+    return func._schema.is_mutable
+
+
+@cache
 def is_constant(operation: str) -> bool:
     """Whether an operation takes only the shape of its tensor arguments."""
     return any(part in operation for part in _CONSTANT)
+
+
+@cache
+def _computes(operation: str) -> bool:
+    return not operation.startswith(("aten::", "prims::")) or any(part in operation for part in _COMPUTES)
 
 
 def operation_cost(func: Any, operation: str, args: Any, kwargs: Any, result: Any) -> float:
@@ -123,8 +142,7 @@ def operation_cost(func: Any, operation: str, args: Any, kwargs: Any, result: An
     counter = flop_registry.get(func._overloadpacket)
     if counter is not None:
         return counter(*args, **kwargs, out_val=result) / 2.0
-    foreign = not operation.startswith(("aten::", "prims::"))
-    if foreign or any(part in operation for part in _COMPUTES):
+    if _computes(operation):
         return float(sum(tensor.numel() for tensor in tensors_in(result)))
     return 0.0
 
@@ -145,12 +163,20 @@ def default_channel_axis(ndim: int) -> int:
     return ndim - 1 if ndim in (1, 3) else 1
 
 
+@cache
+def _channel_place(operation: str) -> Literal["second", "last"] | None:
+    if any(part in operation for part in _CHANNELS_SECOND):
+        return "second"
+    return "last" if any(part in operation for part in _CHANNELS_LAST) else None
+
+
 def channel_of_result(operation: str, inputs: Iterable[tuple[Tensor, Node]], result: Tensor) -> tuple[int, int] | None:
     """Size and stride of the channel axis of a new tensor."""
     axis: int | None = None
-    if any(part in operation for part in _CHANNELS_SECOND) and result.ndim >= 2:
+    place = _channel_place(operation)
+    if place == "second" and result.ndim >= 2:
         axis = 1
-    elif any(part in operation for part in _CHANNELS_LAST):
+    elif place == "last":
         axis = result.ndim - 1
     else:
         for tensor, node in inputs:

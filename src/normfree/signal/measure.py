@@ -227,11 +227,8 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
         for name, buffer in module._buffers.items()
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    if norm_statistics == "batch":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.training = True
+    for module in training:  # not eval(): what modules keep between passes, and do when the mode changes, is theirs
+        module.training = norm_statistics == "batch" and isinstance(module, _BatchNorm)
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide a whole transformer layer
     try:
         with (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22  # what is read twice should still be in the cache the second time
+_CHUNK_ELEMENTS = 1 << 20  # what is read twice should still be in the cache the second time
 _COLUMN_CHUNK_ELEMENTS = 1 << 18  # the squares of a chunk are written out
 _SHORTEST_PLANE = 16  # below this, summing along planes is slower than summing across them
 _CANCELLATION = 30.0  # squared mean over variance from which float32 sums are not accurate enough

@@ -20,7 +20,9 @@ from .graph import (
     channel_of_result,
     default_channel_axis,
     is_constant,
+    is_mutable,
     lightest_path,
+    name_of,
     operation_cost,
     scalar_value,
     tensors_in,
@@ -33,6 +35,7 @@ _ADDITIONS = {aten.add.Tensor, aten.add_.Tensor, aten.add.out}
 _SCALINGS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
 _DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
 _SHIFTS = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar, aten.sub.Tensor, aten.sub.Scalar}
+_BY_SCALARS = _SCALINGS | _DIVISIONS | _SHIFTS
 _COPIES = {aten._to_copy.default, aten.clone.default}
 # in place behind an addition, these are still part of the block: relu_(x + f(x))
 _ACTIVATIONS_IN_PLACE = (
@@ -228,11 +231,11 @@ class Trace(TorchDispatchMode):
             return self._run(func, args, kwargs)
         if func is aten.copy_.default and self._graph.node(args[0]) is self._graph.node(args[1]):
             return self._run(func, args, kwargs)  # the second half of x[part] += y writes the sum to where it is
-        operation = func._schema.name
+        operation = name_of(func)
         merge = None
         if func in _ADDITIONS and not self._layers:
             merge = self._find_merge(args, kwargs)
-        if func._schema.is_mutable:
+        if is_mutable(func):
             self._before_overwriting(operation, args, kwargs)
         unscaled = self._before_scaling(func, args)
         result = self._run(func, args, kwargs)
@@ -259,7 +262,7 @@ class Trace(TorchDispatchMode):
     ) -> None:
         cost: float | None = None
         for tensor in tensors_in(result):
-            if not func._schema.is_mutable and self._graph.node(tensor) is not None:
+            if not is_mutable(func) and self._graph.node(tensor) is not None:
                 continue  # a view of what is known already
             if cost is None:
                 cost = operation_cost(func, operation, args, kwargs, result)
@@ -285,7 +288,7 @@ class Trace(TorchDispatchMode):
         if func in _COPIES:
             node = self._graph.node(args[0])
             return None if node is None else (node, 1.0)
-        if len(args) < 2 or func not in _SCALINGS | _DIVISIONS | _SHIFTS:
+        if len(args) < 2 or func not in _BY_SCALARS:
             return None
         for operand, other in ((args[0], args[1]), (args[1], args[0])):
             node = self._graph.node(operand) if isinstance(operand, Tensor) else None
@@ -550,6 +553,8 @@ class Trace(TorchDispatchMode):
 
     def _attach_gradient_hooks(self) -> None:
         """A tensor that was met below autograd has its place in the autograd graph only by the next event."""
+        if not self._to_hook:
+            return
         for tensor, store in self._to_hook:
             if tensor.requires_grad:
                 tensor.register_hook(store)
