@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ def run(setting: Setting, repeats: int, depths: tuple[int, ...] = DEPTHS) -> dic
     points += [("batch", batch, "nf_resnet50", replace(setting, batch=batch)) for batch in BATCHES]
     rows = []
     for axis, value, name, here in points:
+        print(f"{name}: {axis} {value}", file=sys.stderr, flush=True)  # the whole table takes minutes
         models = contenders(name, here, timm=False)
         timings = in_turn({key: training_step(model, here) for key, model in models.items()}, repeats)
         for timing in timings:

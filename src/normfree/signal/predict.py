@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .graph import Node, scalar_value, tensors_in
+from .graph import Node, is_mutable, name_of, scalar_value, tensors_in
 from .measure import _default_label, _plain_module, _points, _undisturbed, spp
 from .moments import ChannelMoments
 from .propagation import SignalPoint, SignalPropagation
@@ -289,7 +289,7 @@ class PredictedTrace(Trace):
         unscaled: Any,
     ) -> None:
         tensor = next(tensors_in(result), None)
-        is_view = tensor is not None and not func._schema.is_mutable and self._graph.node(tensor) is not None
+        is_view = tensor is not None and not is_mutable(func) and self._graph.node(tensor) is not None
         outcome = None
         if tensor is not None and not is_view:
             outcome = self._predict(func, args, kwargs, inputs, tensor)
@@ -328,7 +328,7 @@ class PredictedTrace(Trace):
             gap = True
             state = next((node.state for _, node in inputs if node.state is not None), None)
             where = f" in {self._stack[-1].path}" if self._stack and self._stack[-1].path else ""
-            self.note(f"{func._schema.name.removeprefix('aten::')}{where}: {error}; passed through")
+            self.note(f"{name_of(func).removeprefix('aten::')}{where}: {error}; passed through")
         flows = [(node, flow) for flow in call.flows if (node := self._graph.node(flow.tensor)) is not None]
         return state, flows, gap
 
