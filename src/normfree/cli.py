@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from . import cli_training
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -316,6 +318,10 @@ def reproduce(
         from .signal.propagation import without_non_finite
 
         _print_json(without_non_finite([report.to_dict() for report in reports]))
+
+
+app.command("train")(_report_errors(cli_training.train))
+app.command("eval")(_report_errors(cli_training.evaluate))
 
 
 def _model_and_shape(
