@@ -66,7 +66,7 @@ class EvaluationResult:
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
-    prepare: Callable[[Tensor], Tensor],
+    prepare: Callable[[Any], Tensor],
     classes: Sequence[str],
     device: torch.device | str = "cpu",
     precision: str = "float32",
@@ -76,7 +76,7 @@ def evaluate(
     Args:
         model: (N, C, H, W) to logits (N, K) with K at least the number of classes; its mode is as before afterwards.
         batches: objects with ``images``, ``targets`` and ``skipped``, such as those of ``EvaluationBatches``.
-        prepare: makes of ``images`` what the model takes.
+        prepare: makes of a batch what the model takes: (N, C, H, W) on ``device``.
         classes: names, in the order of the targets.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
 
@@ -107,7 +107,7 @@ def evaluate(
                 continue
             targets = batch.targets.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = model(prepare(batch.images.to(device, non_blocking=True)))
+                logits = model(prepare(batch))
             if logits.ndim != 2 or logits.shape[1] < count:
                 raise ValueError(f"model: expected logits (N, {count}) for {count} classes, got {tuple(logits.shape)}")
             logits = logits[:, :count].float()

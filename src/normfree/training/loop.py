@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal as unix_signals
 import threading
 import time
@@ -24,13 +25,15 @@ from ..sharing import shared_standardization
 from ..signal import spp
 from ..signal.propagation import without_non_finite
 from ..weights import save_weights
-from .augmentation import BatchFinisher, evaluation_transform, resolve_images, training_transform
+from .augmentation import evaluation_transform, training_transform
 from .building import build_model, calibrated_model, has_standardized_weights
 from .checkpoint import load_checkpoint, random_state, remove_leftovers, restore_random_state, save_checkpoint
-from .data import Batch, EvaluationBatches, TrainingBatches, open_data
+from .data import Batch, EvaluationBatches, TrainingBatches, open_data, workers_for
 from .distributed import BatchPlan, Process, plan_batches, this_process
 from .evaluation import EvaluationResult, evaluate
+from .image_config import resolve_images
 from .logs import Say, TableLog, TensorBoardLog, Watcher
+from .mixing import BatchFinisher
 from .monitor import SignalMonitor, write_signal
 from .optimization import averaged, clip_gradient_norm, learning_rate_factor, make_optimizer
 from .recipe import Recipe
@@ -63,7 +66,7 @@ class TrainingResult:
         folder: of the run.
         evaluation: the last one, on validation data.
         updates: of the whole run.
-        seconds: that this process spent on it; on an earlier part of a resumed run it is not counted.
+        seconds: of training and evaluating, over all parts of a resumed run.
         best_top1: of all evaluations, in per cent.
     """
 
@@ -149,7 +152,9 @@ class _Run:
         torch.manual_seed(recipe.seed)
         model = build_model(recipe.model, len(self.data.classes), self.data.channels)
         self.images = resolve_images(recipe.data, self.data, model)
-        self.finish = BatchFinisher(recipe.augmentation, self.images, len(self.data.classes), recipe.seed)
+        classes = len(self.data.classes)
+        self.finish = BatchFinisher(recipe.augmentation, self.images, classes, recipe.seed)
+        self.finish_unmixed = BatchFinisher(None, self.images, classes)
         self.batches = TrainingBatches(
             self.data.train,
             training_transform(recipe.augmentation, self.images),
@@ -158,7 +163,7 @@ class _Run:
             seed=recipe.seed,
             rank=process.rank,
             world_size=process.world_size,
-            workers=_workers(recipe),
+            workers=self._workers(self.data.train),
             pin_memory=self.device.type == "cuda",
         )
         if self.batches.updates_per_epoch is None:
@@ -168,7 +173,7 @@ class _Run:
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         is_restored = is_resumed and folder.last.is_file()
         if not is_restored:  # otherwise the gains are in the checkpoint
-            shape = (self.data.channels, self.images.train_size, self.images.train_size)
+            shape = (self.data.channels, self.images.size, self.images.size)
             model = calibrated_model(model, recipe, shape, self._first_images)
         self.model: nn.Module = model.to(self.device, memory_format=self.memory_format)
         self.average: AveragedModel | None = averaged(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -176,6 +181,7 @@ class _Run:
         factor = learning_rate_factor(recipe.optimizer, self.updates, self.updates_per_epoch)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.update, self.best, self.skipped = 0, -math.inf, 0
+        self.seconds_before = 0.0
         self.evaluation: EvaluationResult | None = None
         if is_restored:
             self._restore()
@@ -194,7 +200,7 @@ class _Run:
 
     def train(self) -> TrainingResult:
         """Runs to the end of the recipe."""
-        start = time.perf_counter()
+        self.start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             watcher = stack.enter_context(Watcher(self.updates, self.update, self._say_or_none()))
             stack.enter_context(_stop_on_signals(self))
@@ -206,9 +212,7 @@ class _Run:
             if self.evaluation is None:
                 self._evaluate(watcher)
             assert self.evaluation is not None
-            result = TrainingResult(
-                self.folder.path, self.evaluation, self.updates, time.perf_counter() - start, self.best
-            )
+            result = TrainingResult(self.folder.path, self.evaluation, self.updates, self.seconds, self.best)
             if self.process.is_first:
                 self._save()
                 save_weights(self._evaluated_model(), self.folder.weights)
@@ -216,6 +220,10 @@ class _Run:
                 watcher.line(f"done: {result.evaluation}; weights in {self.folder.weights}")
             self.process.wait()
             return result
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.start
 
     def _epoch(self, watcher: Watcher) -> None:
         epoch, first = divmod(self.update, self.updates_per_epoch)
@@ -270,9 +278,7 @@ class _Run:
         self.update += 1
 
     def _prepared(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        images = batch.images.to(self.device, non_blocking=True)
-        targets = batch.targets.to(self.device, non_blocking=True)
-        images, targets = self.finish(images, targets, epoch=epoch, update=batch.update, microbatch=batch.microbatch)
+        images, targets = self.finish(batch, epoch, self.device)
         return images.contiguous(memory_format=self.memory_format), targets
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -363,6 +369,9 @@ class _Run:
             weights = self._evaluated_model().state_dict()
             save_checkpoint(self.folder.best, {"model": weights, "update": self.update, "top1": result.top1})
 
+    def _workers(self, examples: Any) -> int:
+        return workers_for(self.recipe.data.workers, examples, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
     def _evaluated_model(self) -> nn.Module:
         wanted = self.recipe.evaluation.weights
         return self.average.module if self.average is not None and wanted != "raw" else self.model
@@ -374,16 +383,16 @@ class _Run:
             batch_size=self.recipe.evaluation.batch_size or max(64, self.plan.microbatch_size),
             rank=self.process.rank,
             world_size=self.process.world_size,
-            workers=_workers(self.recipe),
+            workers=self._workers(self.data.validation),
         )
 
-    def _prepared_for_evaluation(self, images: Tensor) -> Tensor:
-        return self.finish.normalised(images).contiguous(memory_format=self.memory_format)
+    def _prepared_for_evaluation(self, batch: Batch) -> Tensor:
+        return self.finish_unmixed(batch, device=self.device)[0].contiguous(memory_format=self.memory_format)
 
     def _first_images(self) -> Tensor:
         """Training images for a calibration on data, the same on every process."""
         batches = EvaluationBatches(self.data.train, evaluation_transform(self.images), batch_size=128)
-        return self.finish.normalised(next(iter(batches)).images)
+        return self.finish_unmixed(next(iter(batches)))[0]
 
     def _parallel(self) -> nn.Module:
         if self.process.world_size == 1:
@@ -403,10 +412,9 @@ class _Run:
         self.tensorboard = TensorBoardLog(folder, kept)
         stack.callback(self.tensorboard.close)
         if self.recipe.log.signal_every is not None:
-            images = next(iter(self._evaluation_batches_alone())).images[:_SIGNAL_IMAGES].to(self.device)
             self.monitor = SignalMonitor(
                 self.model,
-                self._prepared_for_evaluation(images),
+                self._prepared_for_evaluation(next(iter(self._evaluation_batches_alone()))),
                 self.recipe.log.signal_every,
                 self.folder.path / "signal",
                 self._show_signal,
@@ -431,9 +439,11 @@ class _Run:
         recipe = self.recipe
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         watcher.line(
-            f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, {self.data.describe()}, "
-            f"{self.images.train_size} px, on {self.device}"
+            f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, on {self.device}; {len(self.data.train)} training and "
+            f"{len(self.data.validation)} validation examples of {len(self.data.classes)} classes, {self.images.size} px"
         )
+        for note in (*self.data.notes, *self.images.notes):
+            watcher.line(note)
         watcher.line(f"{self.plan}; {self.updates} updates ({recipe.epochs:g} epochs)")
         if recipe.optimizer.learning_rate_batch is not None:
             section = recipe.optimizer
@@ -474,6 +484,7 @@ class _Run:
                 "update": self.update,
                 "best": self.best,
                 "skipped": self.skipped,
+                "seconds": self.seconds,
             },
         )
 
@@ -487,6 +498,7 @@ class _Run:
             self.average.load_state_dict(state["average"])
         restore_random_state(state["random"])
         self.update, self.best, self.skipped = state["update"], state["best"], state["skipped"]
+        self.seconds_before = state["seconds"]
 
 
 @contextlib.contextmanager
@@ -509,15 +521,6 @@ def _stop_on_signals(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             unix_signals.signal(number, handler)
-
-
-def _workers(recipe: Recipe) -> int:
-    if recipe.data.workers == "auto":
-        import os
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores - 1)
-    return recipe.data.workers
 
 
 def _ignore(line: str) -> None:

@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 
-from .augmentation import BatchFinisher, evaluation_transform, resolve_images
+from .augmentation import evaluation_transform
 from .building import build_model
 from .checkpoint import ResumeError, load_checkpoint
 from .data import EvaluationBatches, open_data
 from .distributed import this_process
 from .evaluation import EvaluationResult, evaluate
+from .image_config import resolve_images
+from .mixing import BatchFinisher
 from .run_folder import RunFolder
 
 
@@ -54,7 +56,7 @@ def evaluate_run(
     model = build_model(recipe.model.model_copy(update={"weights": None}), len(own.classes), own.channels)
     images = resolve_images(recipe.data, own, model)
     model.load_state_dict(_weights(state, weights, recipe.evaluation.weights, checkpoint))
-    finish = BatchFinisher(recipe.augmentation, images, len(own.classes), recipe.seed)
+    finish = BatchFinisher(None, images, len(own.classes))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     with this_process(device) as process:
         batches = EvaluationBatches(
@@ -67,7 +69,7 @@ def evaluate_run(
         return evaluate(
             model.to(process.device, memory_format=layout),
             batches,
-            lambda batch: finish.normalised(batch).contiguous(memory_format=layout),
+            lambda batch: finish(batch, device=process.device)[0].contiguous(memory_format=layout),
             own.classes,
             process.device,
             recipe.precision,
