@@ -20,7 +20,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_figure1_bears_the_claims_out(tmp_path: Path) -> None:
     said: list[str] = []
-    report = figure1(True, 0, said.append)
+    report = figure1(Settings(quick=True, say=said.append))
     failed = [claim.text for claim in report.claims if not claim.holds]
     assert failed == []
     assert len(said) == 2
@@ -33,12 +33,12 @@ def test_figure1_bears_the_claims_out(tmp_path: Path) -> None:
 
 
 def test_figure2_bears_the_claims_out() -> None:
-    report = figure2(True, 0, lambda text: None)
+    report = figure2(Settings(quick=True, say=lambda text: None))
     assert [claim.text for claim in report.claims if not claim.holds] == []
 
 
 def test_claims_can_fail() -> None:
-    report = figure1(True, 0, lambda text: None)
+    report = figure1(Settings(quick=True, say=lambda text: None))
     flat = nf.SignalPropagation(
         tuple(replace(p, avg_channel_variance=1.0 + 0.01 * (i % 2)) for i, p in enumerate(report.signals[0].points)),
         "flat",

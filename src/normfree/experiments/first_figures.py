@@ -13,6 +13,7 @@ import torch
 from ..models import create_model
 from ..signal import SignalPoint, SignalPropagation, spp
 from .report import Claim, Report
+from .settings import Settings
 
 Progress = Callable[[str], None]
 
@@ -30,9 +31,9 @@ FULL = Scale(depth=600, pixels=512, batch_size=2)
 QUICK = Scale(depth=101, pixels=512, batch_size=2)
 
 
-def figure1(quick: bool, seed: int, progress: Progress) -> Report:
+def figure1(settings: Settings) -> Report:
     """BN-ReLU-Conv against ReLU-BN-Conv."""
-    scale = QUICK if quick else FULL
+    scale, seed, progress = (QUICK if settings.quick else FULL), settings.seed, settings.say
     signals = (
         _signal("BN-ReLU-Conv", f"resnetv2_{scale.depth}", scale, seed, progress),
         _signal("ReLU-BN-Conv", f"resnetv2_{scale.depth}_relu_bn", scale, seed, progress),
@@ -59,9 +60,9 @@ def figure1(quick: bool, seed: int, progress: Progress) -> Report:
     return Report("figure1", title, signals, tuple(claims), _settings(scale, seed))
 
 
-def figure2(quick: bool, seed: int, progress: Progress) -> Report:
+def figure2(settings: Settings) -> Report:
     """ReLU-BN-Conv against normaliser-free with He weights and with Scaled Weight Standardization, α = 1."""
-    scale = QUICK if quick else FULL
+    scale, seed, progress = (QUICK if settings.quick else FULL), settings.seed, settings.say
     nf = f"nf_resnet{scale.depth}"
     relu_bn = _signal("BatchNorm, ReLU-BN-Conv", f"resnetv2_{scale.depth}_relu_bn", scale, seed, progress)
     he = _signal("normaliser-free, He weights", nf, scale, seed, progress, alpha=1.0, weights="he")

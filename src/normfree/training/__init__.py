@@ -1,1 +1,24 @@
 """Training: a recipe in, a trained network out."""
+
+from .evaluation import ClassResult, EvaluationResult, evaluate
+from .loop import TrainingInterrupted, TrainingResult, TrainingStopped, train
+from .monitor import SignalMonitor, lightning_callback
+from .recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from .stored_runs import evaluate_run
+
+__all__ = [
+    "ClassResult",
+    "EvaluationResult",
+    "Recipe",
+    "RecipeError",
+    "SignalMonitor",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "TrainingStopped",
+    "evaluate",
+    "evaluate_run",
+    "lightning_callback",
+    "load_recipe",
+    "shipped_recipes",
+    "train",
+]

@@ -54,6 +54,9 @@ class DataSection(Section):
     shuffle_buffer: Count = Field(10_000, description="Examples that streaming shuffles among.")
     limit: Count | None = Field(None, description="Use the first so many training examples only.")
     validation_limit: Count | None = None
+    holdout: Count | None = Field(
+        None, description="Validate on so many training examples, which are not trained on, and leave validation alone."
+    )
     size: Count | None = Field(None, description="Side of the training crop in pixels; by default the model's.")
     test_size: Count | None = None
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -124,24 +127,27 @@ class Recipe(Section):
     microbatches is the same on one process and on several.
     """
 
-    model: Annotated[ModelSection, _named("name")] = Field(default_factory=ModelSection)
-    data: Annotated[DataSection, _named("path")] = Field(default_factory=DataSection)
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    model: Annotated[ModelSection, _named("name")] = ModelSection()
+    data: Annotated[DataSection, _named("path")] = DataSection()
+    augmentation: AugmentationSection = AugmentationSection()
     epochs: Positive = 90.0
     batch_size: Count = 256
     microbatch_size: Count | None = Field(None, description="By default the share of one process.")
     label_smoothing: Fraction = 0.0
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    optimizer: OptimizerSection = OptimizerSection()
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(None, description="Of averaged weights.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast.")
     channels_last: bool = True
     compile: bool = False
+    share_standardization: bool | Literal["auto"] = Field(
+        "auto", description="Standardize weights once per update; auto: where an update has several microbatches."
+    )
     calibrate: Literal["none", "theory", "data"] = Field("none", description="Of gains, before the first update.")
     device: str = Field("auto", description="auto: cuda where there is one, else cpu.")
     seed: int = 0
-    log: LogSection = Field(default_factory=LogSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -153,9 +159,8 @@ class Recipe(Section):
         if self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
         if self.optimizer.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs} is more than epochs {self.epochs}"
-            )
+            warmup = self.optimizer.warmup_epochs
+            raise ValueError(f"optimizer.warmup_epochs: {warmup} is more than epochs {self.epochs}")
         return self
 
     @property

@@ -1,0 +1,305 @@
+"""Studies that train: against BatchNorm, over batch sizes, over depths, and table 1 of Brock et al. 2021, on CIFAR-10.
+
+All of them use the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M parameters. Every
+method's learning rate is picked by the accuracy on training images that were held out; test images are looked at once
+for each run, at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..training.recipe import load_recipe
+from .report import Claim
+from .settings import Settings
+from .study import Cell, Outcome, OutOfTime, Runner, StudyReport, mean_and_spread
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a deep network: its name in tables, and what it changes in the recipe."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+NF = Method("normaliser-free", ("model=nf_resnet26", "calibrate=theory"))
+BN = Method("BatchNorm", ("model=resnetv2_26",))
+SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26",))
+FIXUP = Method("FixUp", ("model=fixup_resnet26", "optimizer.scalar_learning_rate=0.1"))
+NEITHER = Method("neither", ("model=skipinit_resnet26", "model.options.skip_gain=1.0"))
+
+REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
+_SHORT = ("data.limit=12000", "epochs=4")  # what the library's first measurements used
+_QUICK = ("model.options.width=0.0625", "epochs=2", "data.size=8", "data.mean=null", "data.std=null")
+
+
+def cifar10(settings: Settings) -> StudyReport:
+    """Normaliser-free against BatchNorm at batch 64 and 128, all training images, three seeds, rates swept for both."""
+    batches, methods = (64, 128), (NF, BN)
+    study = _Study.begin("cifar10", settings)
+    with study.until_time_is_over():
+        rates = study.swept_rates(methods, [])
+        study.run(
+            study.cell(
+                {"method": method.name, "batch": batch, "seed": seed}, [*method.overrides, f"batch_size={batch}"], rates
+            )
+            for seed in study.seeds(3)
+            for batch in batches
+            for method in methods
+        )
+    results = study.results("method", "batch")
+    claims = [
+        _claim(
+            f"batch {batch}: normaliser-free at least 1 point above BatchNorm",
+            ours[0] - theirs[0] >= 1.0,
+            f"{_number(ours)} against {_number(theirs)}",
+        )
+        for batch in batches
+        if (ours := results.get((NF.name, batch))) and (theirs := results.get((BN.name, batch)))
+    ]
+    return study.report("CIFAR-10, ResNet-26: test accuracy", "method", "batch", claims, _bars)
+
+
+def microbatch(settings: Settings) -> StudyReport:
+    """Test accuracy over batch sizes from 1 to 128, 12 000 training images, 4 epochs, learning rate in proportion."""
+    batches, methods = (1, 2, 4, 16, 64, 128), (NF, BN)
+    study = _Study.begin("microbatch", settings)
+    with study.until_time_is_over():
+        rates = study.swept_rates(methods, _SHORT)
+        study.run(
+            study.cell(
+                {"method": method.name, "batch": batch, "seed": seed},
+                [*method.overrides, *_SHORT, f"batch_size={batch}"],
+                rates,
+            )
+            for batch in (128, 2, 64, 4, 16, 1)
+            for method in methods
+            for seed in study.seeds(1)
+        )
+    results = study.results("method", "batch")
+    ours = [results[NF.name, batch][0] for batch in batches if (NF.name, batch) in results]
+    claims = []
+    if len(ours) == len(batches):
+        span = max(ours) - min(ours)
+        claims.append(_claim("normaliser-free: flat within 0.5 point", span <= 0.5, f"spans {span:.2f} points"))
+    if (NF.name, 2) in results and (BN.name, 2) in results:
+        ahead = results[NF.name, 2][0] - results[BN.name, 2][0]
+        claims.append(_claim("batch 2: at least 15 points above BatchNorm", ahead >= 15.0, f"{ahead:.2f} points"))
+    return study.report("CIFAR-10, 12 000 images, 4 epochs: test accuracy", "method", "batch", claims, _lines)
+
+
+def depth(settings: Settings) -> StudyReport:
+    """Nets of 26 to 600 layers, with the method and without it or a normaliser: do they train?"""
+    depths = (26, 101) if settings.quick else (26, 101, 200, 600)
+    study = _Study.begin("depth", settings)
+    short = ("model.options.width=0.0625", "data.limit=4000", "epochs=2", "batch_size=32")
+    with study.until_time_is_over():
+        study.run(
+            study.cell(
+                {"method": method.name, "depth": layers},
+                [*method.overrides, *short, f"model={method.overrides[0].removeprefix('model=')[:-2]}{layers}"],
+                {method.name: 0.4},
+            )
+            for layers in depths
+            for method in (NF, NEITHER)
+        )
+    results = study.results("method", "depth")
+    claims = [
+        _claim(
+            f"{layers} layers: trains",
+            results[NF.name, layers][0] > 20.0,
+            f"{_number(results[NF.name, layers])} with, {_number(results.get((NEITHER.name, layers)))} without",
+        )
+        for layers in depths
+        if (NF.name, layers) in results
+    ]
+    return study.report("CIFAR-10, nets of 26 to 600 layers", "method", "depth", claims, _lines)
+
+
+def table1(settings: Settings) -> StudyReport:
+    """FixUp, SkipInit, normaliser-free and BatchNorm, plain and regularised: the paper's first table, at CIFAR scale."""
+    methods = (FIXUP, SKIPINIT, NF, BN)
+    study = _Study.begin("table1", settings)
+    with study.until_time_is_over():
+        rates = study.swept_rates(methods, _SHORT)
+        study.run(
+            study.cell(
+                {"method": method.name, "setting": name, "seed": seed},
+                [*method.overrides, *_SHORT, *extra],
+                rates,
+            )
+            for seed in study.seeds(3)
+            for name, extra in (("plain", ()), ("regularised", REGULARISED))
+            for method in methods
+        )
+    return study.report("CIFAR-10, 12 000 images, 4 epochs: test accuracy", "method", "setting", [], _bars)
+
+
+@dataclass
+class _Study:
+    """One study: what all of its recipes share, its runs so far, and what is missing if time was over."""
+
+    name: str
+    settings: Settings
+    runner: Runner
+    base: tuple[str, ...]
+    outcomes: list[Outcome] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    missing: str = ""
+
+    @classmethod
+    def begin(cls, name: str, settings: Settings) -> _Study:
+        data = settings.data
+        if data is None and not settings.quick:
+            raise ValueError(f"{name}: needs --data, a folder with train.parquet and test.parquet of CIFAR-10")
+        base = (*(_QUICK if settings.quick else ()), f"data={data or 'digits'}", *settings.overrides)
+        runner = Runner(settings.folder / f"{name}-runs", settings.jobs, settings.minutes, settings.say)
+        return cls(name, settings, runner, base)
+
+    def seeds(self, count: int) -> list[int]:
+        return [self.settings.seed + i for i in range(1 if self.settings.quick else count)]
+
+    def cell(self, labels: dict[str, Any], overrides: Sequence[str], rates: dict[str, float]) -> Cell:
+        """A run; ``rates`` has the learning rate of ``labels["method"]``, ``labels["seed"]`` the seed."""
+        labels = {**labels, "rate": rates[labels["method"]]}
+        last = (f"optimizer.learning_rate={labels['rate']}", f"seed={labels.get('seed', self.settings.seed)}")
+        return Cell(labels, load_recipe("cifar10", [*overrides, *self.base, *last]))
+
+    def run(self, cells: Iterable[Cell]) -> None:
+        cells = list(cells)
+        try:
+            self.runner.finish(cells)
+        finally:
+            self.outcomes += self.runner.finished(cells)
+
+    def swept_rates(self, methods: Sequence[Method], overrides: Sequence[str]) -> dict[str, float]:
+        """For each method the rate, for 256 examples, with the best accuracy on held-out training images."""
+        choices = (0.4, 0.8) if self.settings.quick else (0.4, 0.8, 1.6, 3.2)
+        holdout = f"data.holdout={300 if self.settings.quick else 5000}"
+        cells = [
+            self.cell({"method": m.name, "stage": "sweep"}, [*m.overrides, *overrides, holdout], {m.name: rate})
+            for rate in choices
+            for m in methods
+        ]
+        self.run(cells)
+        swept = [outcome for outcome in self.outcomes if not outcome.diverged]
+        for method in methods:
+            own = [outcome for outcome in swept if outcome.cell.labels["method"] == method.name]
+            if not own:
+                raise ValueError(f"{method.name} diverged at every learning rate: {choices}")
+            self.rates[method.name] = max(own, key=lambda outcome: outcome.top1).cell.labels["rate"]
+            self.settings.say(f"{method.name}: learning rate {self.rates[method.name]:g} for 256 examples")
+        return self.rates
+
+    @contextlib.contextmanager
+    def until_time_is_over(self) -> Iterator[None]:
+        try:
+            yield
+        except OutOfTime as error:
+            self.missing = str(error)
+            self.settings.say(f"{self.name}: time is over, {error}; the same command goes on")
+
+    def results(self, row: str, column: str) -> dict[tuple[Any, Any], tuple[float, float, int]]:
+        """Mean accuracy, spread and number of seeds, without the sweep; chance where a run diverged."""
+        found: dict[tuple[Any, Any], list[float]] = defaultdict(list)
+        for outcome in self.outcomes:
+            labels = outcome.cell.labels
+            if labels.get("stage") != "sweep":
+                found[labels[row], labels[column]].append(10.0 if outcome.diverged else outcome.top1)
+        return {key: (*mean_and_spread(values), len(values)) for key, values in found.items()}
+
+    def report(
+        self, title: str, row: str, column: str, claims: Sequence[Claim], draw: Callable[[Any, Any, str], None]
+    ) -> StudyReport:
+        results = self.results(row, column)
+        settings = {
+            "seed": self.settings.seed,
+            "data": self.settings.data or "digits",
+            "overrides": list(self.settings.overrides),
+            "learning_rates": self.rates,
+            "jobs": self.settings.jobs,
+        }
+        return StudyReport(
+            self.name,
+            title,
+            tuple(self.outcomes),
+            _table(results, column),
+            tuple(claims),
+            lambda axes: draw(axes, results, column),
+            settings,
+            self.missing,
+        )
+
+
+def _claim(text: str, holds: bool, evidence: str) -> Claim:
+    return Claim(text, bool(holds), evidence)
+
+
+def _number(result: tuple[float, float, int] | None) -> str:
+    """``63.21 ± 0.30 (3)``: mean, sample standard deviation, seeds."""
+    if result is None:
+        return "–"
+    mean, spread, count = result
+    return f"{mean:.2f}" if math.isnan(spread) else f"{mean:.2f} ± {spread:.2f} ({count})"
+
+
+def _table(results: dict[tuple[Any, Any], tuple[float, float, int]], column: str) -> str:
+    rows, columns = _axes(results)
+    lines = [f"| {column} | " + " | ".join(str(c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {r} | " + " | ".join(_number(results.get((r, c))) for c in columns) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def _axes(results: dict[tuple[Any, Any], Any]) -> tuple[list[Any], list[Any]]:
+    columns = dict.fromkeys(c for _, c in results)
+    ordered = sorted(columns) if all(isinstance(c, int) for c in columns) else list(columns)
+    return list(dict.fromkeys(r for r, _ in results)), ordered
+
+
+def _lines(axes: Any, results: dict[tuple[Any, Any], tuple[float, float, int]], column: str) -> None:
+    rows, columns = _axes(results)
+    for row in rows:
+        own = [c for c in columns if (row, c) in results]
+        spreads = [0.0 if math.isnan(results[row, c][1]) else results[row, c][1] for c in own]
+        axes.errorbar(own, [results[row, c][0] for c in own], yerr=spreads, marker="o", capsize=3, label=row)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(columns, [str(c) for c in columns])
+    _finish(axes, "batch size" if column == "batch" else column)
+
+
+def _bars(axes: Any, results: dict[tuple[Any, Any], tuple[float, float, int]], column: str) -> None:
+    rows, columns = _axes(results)
+    width = 0.8 / max(1, len(rows))
+    for number, row in enumerate(rows):
+        own = [(place, results[row, c]) for place, c in enumerate(columns) if (row, c) in results]
+        places = [place + (number - (len(rows) - 1) / 2) * width for place, _ in own]
+        spreads = [0.0 if math.isnan(result[1]) else result[1] for _, result in own]
+        bars = axes.bar(places, [result[0] for _, result in own], width * 0.92, yerr=spreads, capsize=3, label=row)
+        axes.bar_label(bars, [f"{result[0]:.1f}" for _, result in own], fontsize=7, padding=2)
+    axes.set_xticks(range(len(columns)), [str(c) for c in columns])
+    lowest = min((result[0] for result in results.values()), default=0.0)
+    axes.set_ylim(bottom=max(0.0, math.floor(lowest / 10.0) * 10.0 - 10.0))
+    _finish(axes, "batch size" if column == "batch" else column)
+
+
+def _finish(axes: Any, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(axis="y", alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+STUDIES: dict[str, Callable[[Settings], StudyReport]] = {
+    "cifar10": cifar10,
+    "microbatch": microbatch,
+    "table1": table1,
+    "depth": depth,
+}
+"""By name."""

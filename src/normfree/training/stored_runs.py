@@ -1,0 +1,89 @@
+"""Evaluating a run that is on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .augmentation import evaluation_transform
+from .building import build_model
+from .checkpoint import ResumeError, load_checkpoint
+from .data import EvaluationBatches, open_data
+from .distributed import this_process
+from .evaluation import EvaluationResult, evaluate
+from .image_config import resolve_images
+from .mixing import BatchFinisher
+from .run_folder import RunFolder
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    data: str | None = None,
+    checkpoint: Literal["last", "best"] = "last",
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    batch_size: int = 128,
+    device: str = "auto",
+) -> EvaluationResult:
+    """Evaluates a run on its own validation data or on other data with the same classes.
+
+    Args:
+        run: its folder.
+        data: where other data is, as a recipe's ``data.path``.
+        checkpoint: the state at the end, or the one with the best validation accuracy.
+        weights: ``"ema"`` for averaged weights, ``"raw"`` for those that were trained, ``"auto"`` for what the recipe
+            evaluates. ``"best"`` holds only what was evaluated.
+        batch_size: examples per batch, per process.
+
+    Raises:
+        ResumeError: no such run, checkpoint or weights.
+        ValueError: data that does not go with it.
+    """
+    folder = RunFolder(Path(run))
+    recipe = folder.read_recipe()
+    state = load_checkpoint(folder.last if checkpoint == "last" else folder.best)
+    own = open_data(recipe.data, recipe.seed, splits=("validation",))
+    other = own
+    if data is not None:
+        section = recipe.data.model_copy(
+            update={"path": data, "train": None, "validation": None, "holdout": None, "validation_limit": None}
+        )
+        other = open_data(section, recipe.seed, splits=("validation",))
+        if other.classes != own.classes:
+            raise ValueError(f"data: {data} has other classes than the run: {len(other.classes)}, not the same ones")
+    model = build_model(recipe.model.model_copy(update={"weights": None}), len(own.classes), own.channels)
+    images = resolve_images(recipe.data, own, model)
+    model.load_state_dict(_weights(state, weights, recipe.evaluation.weights, checkpoint))
+    finish = BatchFinisher(None, images, len(own.classes))
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    with this_process(device) as process:
+        batches = EvaluationBatches(
+            other.validation,
+            evaluation_transform(images),
+            batch_size=batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+        return evaluate(
+            model.to(process.device, memory_format=layout),
+            batches,
+            lambda batch: finish(batch, device=process.device)[0].contiguous(memory_format=layout),
+            own.classes,
+            process.device,
+            recipe.precision,
+        )
+
+
+def _weights(state: dict, wanted: str, by_recipe: str, checkpoint: str) -> dict[str, torch.Tensor]:
+    if checkpoint == "best":
+        if wanted != "auto":
+            raise ResumeError("weights: the best checkpoint holds only the weights that were evaluated; use auto")
+        return state["model"]
+    average = state.get("average")
+    if wanted == "ema" and average is None:
+        raise ResumeError("weights: this run has no averaged weights; its recipe has no ema_decay")
+    if wanted == "raw" or average is None or (wanted == "auto" and by_recipe == "raw"):
+        return state["model"]
+    return {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
