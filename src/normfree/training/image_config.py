@@ -10,7 +10,7 @@ from torch import nn
 
 from ..models.data import DataConfig
 from .data.errors import DataError
-from .data.examples import as_pixels, sample_images
+from .data.examples import as_pixels, sample_images, sample_sizes
 from .data.images import ImageData
 from .recipe import DataSection
 
@@ -58,9 +58,8 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
         if values is not None and len(values) != data.channels:
             raise DataError(f"data.{name}: expected {data.channels} values, one per channel, got {len(values)}")
     made_for = model_data(model)
-    examples = data.train if data.train is not None else data.validation
-    images = sample_images(examples, _SAMPLE) if examples is not None else []
-    side = _common_side([image.size for image in images])
+    measured = data.validation if data.validation is not None else data.train
+    side = _common_side(sample_sizes(measured)) if measured is not None else None
     notes: list[str] = []
     size, test_size, crop_fraction = made_for.train_size, made_for.test_size, made_for.crop_fraction
     small = side is not None and side < size
@@ -71,11 +70,11 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
     if section.size is not None:
         size = test_size = section.size
     mean, std = made_for.mean, made_for.std
-    if images and (small or len(mean) != data.channels) and (section.mean is None or section.std is None):
+    if (small or len(mean) != data.channels) and (section.mean is None or section.std is None):
+        examples = data.training_examples() or measured
+        images = sample_images(examples, _SAMPLE) if examples is not None else []
         mean, std = _measured([as_pixels(image) for image in images])
         notes.append(f"images: mean {_shown(mean)} and standard deviation {_shown(std)} of {len(images)} of them")
-    elif len(mean) != data.channels:
-        mean, std = (0.5,) * data.channels, (0.25,) * data.channels
     return ImageConfig(
         size,
         section.test_size or test_size,

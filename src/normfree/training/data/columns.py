@@ -3,56 +3,73 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ..recipe import DataSection
 from .errors import DataError
-from .examples import ColumnContents, EncodedExamples, Examples, keep_decoded
+from .examples import ColumnContents, EncodedExamples, Examples
 from .labels import check_range, integer_labels
 from .locate import Kind, SplitFiles, split_files
-from .opened import HELD_OUT_EVERY, Opened, held_out_rows
+from .opened import HELD_OUT_EVERY, SPLITS, Opened, Split, held_out_rows
 
 _SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label", "category")
 
 
-def open_columns(section: DataSection, kind: Kind, splits: Collection[str], channels: int) -> Opened:
+def open_columns(section: DataSection, kind: Kind, channels: int) -> Opened:
     """Examples of Parquet files, WebDataset shards, or a data set of the hub.
+
+    Where nothing is named for validation, every tenth row is held out for it.
 
     Raises:
         DataError: no such files, columns or splits, or labels that are no class numbers.
     """
-    tables, held_out = _tables(section, kind, splits)
+    files = None if kind == "hub" else split_files(section.path, _SUFFIXES[kind], section.train, section.validation)
+    held_out = files is not None and files.held_out
     notes = []
     if held_out:
         notes.append(f"{section.path}: nothing named for validation; every {HELD_OUT_EVERY}th row is held out")
-    image, label = column_names(next(iter(tables.values())).features, section)
-    labels = {
-        split: integer_labels(table.data.column(label), label, _place(section, split))
-        for split, table in tables.items()
-    }
-    classes = class_names(next(iter(tables.values())).features[label])
-    for split, values in labels.items():
+
+    @cache
+    def table(split: Split) -> Any:
+        if held_out and split == "validation":
+            return table("train")
+        return _hub_table(section, split) if files is None else _file_table(files, kind, split, section)
+
+    first = table("train") if files is None or files.train else table("validation")
+    if first is None:
+        raise DataError(f"data: there are no {kind} files in {section.path}")
+    image, label = column_names(first.features, section)
+    classes = class_names(first.features[label])
+
+    @cache
+    def labels(split: Split) -> np.ndarray:
+        if label not in table(split).features:
+            raise DataError(f"data: {_place(section, split)} has no column {label!r}, so its labels are missing")
+        values = integer_labels(table(split).data.column(label), label, _place(section, split))
         check_range(values, classes, _place(section, split))
+        return values
+
     if classes is None:
-        classes = tuple(str(number) for number in range(1 + max(int(v.max(initial=-1)) for v in labels.values())))
-        notes.append(f"{section.path}: no class names; labels run from 0 to {len(classes) - 1}")
-    limits = {"train": section.limit, "validation": section.validation_limit}
-    opened: dict[str, Examples] = {}
-    for split in splits:
-        if split not in tables:
-            continue
-        table = tables[split]
-        chosen = held_out_rows(len(table)) if held_out else np.full(len(table), split == "validation")
-        rows = np.flatnonzero(chosen == (split == "validation"))[: limits[split]]
-        contents = ColumnContents(table.data.column(image), rows)
-        encoded = EncodedExamples(_place(section, split), contents, labels[split][rows], channels)
-        opened[split] = keep_decoded(encoded, section.keep_decoded)
-    return Opened(opened.get("train"), opened.get("validation"), classes, tuple(notes))
+        highest = max(int(labels(name).max(initial=-1)) for name in SPLITS if table(name) is not None)
+        classes = tuple(str(number) for number in range(highest + 1))
+        notes.append(f"{section.path}: no class names; labels run from 0 to {highest}")
+
+    def split(wanted: Split) -> Examples | None:
+        if table(wanted) is None:
+            return None
+        place, contents = _place(section, wanted), ColumnContents(table(wanted).data.column(image))
+        whole = EncodedExamples(place, contents, labels(wanted), channels)
+        if not held_out:
+            return whole
+        return whole.at(np.flatnonzero(held_out_rows(len(whole)) == (wanted == "validation")))
+
+    return Opened(classes, split, notes)
 
 
 def column_names(features: Mapping[str, Any], section: DataSection) -> tuple[str, str]:
@@ -100,30 +117,17 @@ def _place(section: DataSection, split: str) -> str:
     return f"{section.path} ({split})"
 
 
-def _tables(section: DataSection, kind: Kind, splits: Collection[str]) -> tuple[dict[str, Any], bool]:
-    """The splits that are wanted and there, and whether they are the same rows, some of which are held out."""
-    if kind == "hub":
-        return _hub_tables(section, splits), False
-    files = split_files(section.path, _SUFFIXES[kind], section.train, section.validation)
-    return _file_tables(files, kind, splits, section), files.held_out
+def _file_table(files: SplitFiles, kind: Kind, split: Split, section: DataSection) -> Any:
+    paths = files.train if split == "train" else files.validation
+    if not paths:
+        return None
+    return load(kind, section.path, data_files={split: [str(path) for path in paths]}, split=split)
 
 
-def _file_tables(files: SplitFiles, kind: Kind, splits: Collection[str], section: DataSection) -> dict[str, Any]:
-    tables: dict[str, Any] = {}
-    for split, paths in (("train", files.train), ("validation", files.validation)):
-        if split not in splits or not paths:
-            continue
-        if files.held_out and tables:
-            tables[split] = next(iter(tables.values()))
-            continue
-        tables[split] = load(kind, f"{section.path}", data_files={split: [str(path) for path in paths]}, split=split)
-    return tables
-
-
-def _hub_tables(section: DataSection, splits: Collection[str]) -> dict[str, Any]:
+def _hub_table(section: DataSection, split: Split) -> Any:
     name, _, configuration = section.path.removeprefix("hub:").partition(":")
-    named = {"train": section.train or "train", "validation": section.validation or "validation"}
-    return {split: load(name, section.path, name=configuration or None, split=named[split]) for split in splits}
+    named = (section.train if split == "train" else section.validation) or split
+    return load(name, section.path, name=configuration or None, split=named)
 
 
 def load(source: str, place: str, **options: Any) -> Any:

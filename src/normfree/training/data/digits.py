@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..recipe import DataSection
-from .examples import DecodedExamples
-from .opened import Opened, held_out_in_classes
+from .examples import DecodedExamples, Examples
+from .opened import Opened, Split, held_out_in_classes
 
 _EVERY = 5
 NOTE = "digits: every fifth image of each digit is held out for validation"
 
 
-def digits(section: DataSection, channels: int) -> Opened:
+def digits(channels: int) -> Opened:
     """8×8 images in 256 greys; every fifth of each class is for validation.
 
     Raises:
@@ -24,15 +23,10 @@ def digits(section: DataSection, channels: int) -> Opened:
         raise ImportError("scikit-learn is needed for the digits: pip install scikit-learn") from error
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8)[..., None].repeat(channels, axis=3)
-    labels = bunch.target.astype(np.int64)
-    held_out = held_out_in_classes(labels, _EVERY)
+    whole = DecodedExamples("digits", pixels, bunch.target.astype(np.int64), [f"digit {i}" for i in range(len(pixels))])
+    held_out = held_out_in_classes(whole.labels, _EVERY)
 
-    def part(name: str, rows: np.ndarray) -> DecodedExamples:
-        return DecodedExamples(f"digits ({name})", pixels[rows], labels[rows], lambda i: f"digit {rows[i]}")
+    def split(wanted: Split) -> Examples:
+        return whole.at(np.flatnonzero(held_out == (wanted == "validation")), f"digits ({wanted})")
 
-    return Opened(
-        part("train", np.flatnonzero(~held_out)[: section.limit]),
-        part("validation", np.flatnonzero(held_out)[: section.validation_limit]),
-        tuple(str(digit) for digit in range(10)),
-        (NOTE,),
-    )
+    return Opened(tuple(str(digit) for digit in range(10)), split, [NOTE])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,9 @@ class Examples(Protocol):
     def label(self, index: int) -> int:
         """The number of its class."""
 
+    def at(self, rows: np.ndarray, name: str | None = None) -> Examples:
+        """Some of the examples, in this order."""
+
     def load(self, index: int) -> Image.Image:
         """An image in mode RGB or L.
 
@@ -52,6 +56,8 @@ class Contents(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self, index: int) -> str: ...
+
+    def at(self, rows: np.ndarray) -> Contents: ...
 
     def read(self, index: int) -> bytes:
         """The bytes of an encoded image; empty if there is none.
@@ -76,6 +82,9 @@ class EncodedExamples:
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def at(self, rows: np.ndarray, name: str | None = None) -> EncodedExamples:
+        return EncodedExamples(name or self.name, self.contents.at(rows), self.labels[rows], self.channels)
+
     def load(self, index: int) -> Image.Image:
         try:
             content = self.contents.read(index)
@@ -91,7 +100,7 @@ class DecodedExamples:
         name: what to call them in messages.
         images: (H, W, C) uint8 arrays, or (N, H, W, C) if all have one size; None stands for one that failed.
         labels: (N,) int64.
-        describe: the name of an example from its number.
+        names: of the examples.
         failures: reasons, by number, of those that could not be decoded.
 
     Attributes:
@@ -103,10 +112,10 @@ class DecodedExamples:
         name: str,
         images: np.ndarray | Sequence[np.ndarray | None],
         labels: np.ndarray,
-        describe: Callable[[int], str],
+        names: Sequence[str],
         failures: dict[int, str] | None = None,
     ):
-        self.name, self.labels, self._describe = name, labels, describe
+        self.name, self.labels, self.names = name, labels, names
         self.failures = failures or {}
         shapes = {images.shape[1:]} if isinstance(images, np.ndarray) else {i.shape for i in images if i is not None}
         self.channels = next(iter(shapes))[2] if shapes else 3
@@ -122,10 +131,16 @@ class DecodedExamples:
         return len(self.labels)
 
     def describe(self, index: int) -> str:
-        return self._describe(index)
+        return self.names[index]
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
+
+    def at(self, rows: np.ndarray, name: str | None = None) -> DecodedExamples:
+        images = self.uniform[rows] if self.uniform is not None else [self._images[row] for row in rows.tolist()]
+        failures = {new: self.failures[old] for new, old in enumerate(rows.tolist()) if old in self.failures}
+        names = [self.names[row] for row in rows.tolist()]
+        return DecodedExamples(name or self.name, images, self.labels[rows], names, failures)
 
     def load(self, index: int) -> Image.Image:
         if index in self.failures:
@@ -144,8 +159,10 @@ def as_pixels(image: Image.Image) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def keep_decoded(examples: EncodedExamples, wanted: bool | str = "auto") -> Examples:
+def keep_decoded(examples: Examples, wanted: bool | str = "auto") -> Examples:
     """The examples with all pixels in memory, if that is wanted or, for ``"auto"``, if they take up to 512 MiB."""
+    if not isinstance(examples, EncodedExamples):
+        return examples
     if wanted == "auto":
         wanted = decoded_bytes(examples) <= KEPT_BYTES
     if not wanted:
@@ -161,13 +178,13 @@ def keep_decoded(examples: EncodedExamples, wanted: bool | str = "auto") -> Exam
 
     with ThreadPoolExecutor(2) as pool:  # Pillow decodes outside of the interpreter's lock
         images = list(pool.map(pixels, range(len(examples)), chunksize=1))
-    return DecodedExamples(examples.name, images, examples.labels, examples.describe, failures)
+    names = [examples.describe(index) for index in range(len(examples))]
+    return DecodedExamples(examples.name, images, examples.labels, names, failures)
 
 
 def decoded_bytes(examples: EncodedExamples) -> float:
     """About how much memory the pixels of all examples take, from the headers of some of them."""
-    sizes = [header_size(_content(examples, index)) for index in spread(len(examples), _SAMPLED_HEADERS)]
-    known = [size[0] * size[1] * examples.channels for size in sizes if size is not None]
+    known = [width * height * examples.channels for width, height in sample_sizes(examples)]
     return float(np.mean(known)) * len(examples) if known else float("inf")
 
 
@@ -187,6 +204,14 @@ def sample_images(examples: Examples, count: int) -> list[Image.Image]:
     return images
 
 
+def sample_sizes(examples: Examples) -> list[tuple[int, int]]:
+    """(width, height) of up to 256 images, evenly spread over the examples; unreadable ones are left out."""
+    if isinstance(examples, EncodedExamples):
+        sizes = [header_size(_content(examples, index)) for index in spread(len(examples), _SAMPLED_HEADERS)]
+        return [size for size in sizes if size is not None]
+    return [image.size for image in sample_images(examples, _SAMPLED_HEADERS)]
+
+
 def _content(examples: EncodedExamples, index: int) -> bytes:
     try:
         return examples.contents.read(index)
@@ -197,18 +222,20 @@ def _content(examples: EncodedExamples, index: int) -> bytes:
 class FileContents:
     """Image files."""
 
-    def __init__(self, root: Path, files: Sequence[Path]):
-        self.root, self.files = root, list(files)
+    def __init__(self, root: Path, files: Sequence[str]):
+        self.root, self.files = root, files
 
     def __len__(self) -> int:
         return len(self.files)
 
     def describe(self, index: int) -> str:
-        file = self.files[index]
-        return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
+        return os.path.relpath(self.files[index], self.root)
+
+    def at(self, rows: np.ndarray) -> FileContents:
+        return FileContents(self.root, [self.files[row] for row in rows.tolist()])
 
     def read(self, index: int) -> bytes:
-        return self.files[index].read_bytes()
+        return Path(self.files[index]).read_bytes()
 
 
 class ColumnContents:
@@ -230,6 +257,9 @@ class ColumnContents:
     def describe(self, index: int) -> str:
         path = self._value(index)[1]
         return f"row {self.rows[index]}" + (f" ({path})" if path else "")
+
+    def at(self, rows: np.ndarray) -> ColumnContents:
+        return ColumnContents(self.column, self.rows[rows])
 
     def read(self, index: int) -> bytes:
         content, path = self._value(index)

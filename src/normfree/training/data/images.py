@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+
+import numpy as np
 
 from ..recipe import DataSection
-from . import columns, folder
+from .columns import open_columns
 from .digits import digits
 from .errors import DataError
-from .examples import Examples
+from .examples import Examples, keep_decoded
+from .folder import open_folder
+from .keys import permutation
 from .labels import check_classes, check_range
 from .locate import kind_of
+from .opened import SPLITS, Opened, Split
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
+_HELD_OUT_SEED = 0
+_PURPOSES = {"train": "training", "validation": "validation"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,16 @@ class ImageData:
         classes: names, by label.
         channels: 1 or 3.
         notes: what was assumed, such as which examples were held out; a sentence each.
+        training_examples: gives the examples for training also where they were not asked for, for their mean and
+            standard deviation; None if there are none.
     """
 
     train: Examples | None
     validation: Examples | None
     classes: tuple[str, ...]
     channels: int
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    training_examples: Callable[[], Examples | None] = field(default=lambda: None, repr=False)
 
 
 def open_data(
@@ -43,7 +51,7 @@ def open_data(
 
     Args:
         section: of the recipe.
-        seed: of the run; what is held out for validation does not depend on it.
+        seed: of the run. What is held out for validation does not depend on it.
         splits: those that are wanted.
         channels: 3 gives RGB, and grey images three equal channels; 1 gives grey images.
 
@@ -53,35 +61,62 @@ def open_data(
     """
     if channels not in (1, 3):
         raise DataError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
-    kind = kind_of(section.path)
-    if kind == "digits":
-        opened = digits(section, channels)
-    elif kind == "folder":
-        opened = folder.open_folder(section, splits, channels)
-    else:
-        opened = columns.open_columns(section, kind, splits, channels)
-    data = ImageData(
-        opened.train if "train" in splits else None,
-        opened.validation if "validation" in splits else None,
+    opened = _opened(section, channels)
+    limits = {"train": section.limit, "validation": section.validation_limit}
+
+    @cache
+    def split(wanted: Split) -> Examples | None:
+        examples = opened.split(wanted) if section.holdout is None else _held_out(opened, section.holdout, wanted)
+        limit = limits[wanted]
+        if examples is None or limit is None or limit >= len(examples):
+            return examples
+        return examples.at(np.arange(limit))
+
+    found: dict[Split, Examples] = {}
+    for wanted in splits:
+        examples = _checked(split(wanted), wanted, opened, section.path)
+        found[wanted] = keep_decoded(examples, section.keep_decoded)
+    notes = list(opened.notes)
+    if section.holdout is not None:
+        notes.append(f"{section.path}: validation on {section.holdout} training examples, which are not trained on")
+    return ImageData(
+        found.get("train"),
+        found.get("validation"),
         opened.classes,
         channels,
-        opened.notes,
+        tuple(notes),
+        lambda: split("train"),
     )
-    _check(data, splits, section.path)
-    return data
 
 
-def _check(data: ImageData, splits: Collection[Split], path: str) -> None:
-    for split in splits:
-        examples: Examples | None = getattr(data, split)
-        if examples is None:
-            remedy = f"data.{split}" + (", or data.train for both" if split == "validation" else "")
-            raise DataError(f"data: {path} has nothing for {_PURPOSES[split]}; name its files or folder with {remedy}")
-        if not len(examples):
-            raise DataError(f"data: there is no example for {_PURPOSES[split]} in {examples.name}")
-        check_range(examples.labels, data.classes, examples.name)
-    if data.train is not None:
-        check_classes(data.train.labels, data.classes, data.train.name)
+def _opened(section: DataSection, channels: int) -> Opened:
+    kind = kind_of(section.path)
+    if kind == "digits":
+        return digits(channels)
+    if kind == "folder":
+        return open_folder(section, channels)
+    return open_columns(section, kind, channels)
 
 
-_PURPOSES = {"train": "training", "validation": "validation"}
+def _held_out(opened: Opened, count: int, wanted: Split) -> Examples | None:
+    """The training examples without some that are drawn once and for all, or those."""
+    whole = opened.split("train")
+    if whole is None:
+        return None
+    if count >= len(whole):
+        raise DataError(f"data.holdout: {count} of {len(whole)} examples of {whole.name} leave none to train on")
+    order = permutation(len(whole), _HELD_OUT_SEED, 0)
+    return whole.at(np.sort(order[:count] if wanted == "validation" else order[count:]))
+
+
+def _checked(examples: Examples | None, split: Split, opened: Opened, path: str) -> Examples:
+    if examples is None:
+        raise DataError(
+            f"data: {path} has nothing that is named for {_PURPOSES[split]}; name its files or folder with data.{split}"
+        )
+    if not len(examples):
+        raise DataError(f"data: there is no example for {_PURPOSES[split]} in {examples.name}")
+    check_range(examples.labels, opened.classes, examples.name)
+    if split == "train":
+        check_classes(examples.labels, opened.classes, examples.name)
+    return examples

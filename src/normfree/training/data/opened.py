@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from .examples import Examples
 
+Split = Literal["train", "validation"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
 HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Both splits, as far as they were wanted and are there, and the names of the classes."""
+    """A source of labelled images.
 
-    train: Examples | None
-    validation: Examples | None
+    Attributes:
+        classes: names, by label.
+        split: gives the examples of a split, none of them decoded yet; None if the source has nothing for it.
+        notes: what was assumed, a sentence each; opening a split may add some.
+    """
+
     classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    split: Callable[[Split], Examples | None]
+    notes: list[str] = field(default_factory=list)
 
 
 def held_out_in_classes(labels: np.ndarray, every: int = HELD_OUT_EVERY) -> np.ndarray:
