@@ -129,6 +129,8 @@ class _Fit:
 
 def _flipped(images: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """(N, H, W, C) with some of them mirrored left to right."""
+    if chosen.all():
+        return images[:, :, ::-1]
     if not chosen.any():
         return images
     flipped = images.copy()
@@ -137,8 +139,12 @@ def _flipped(images: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
-    """(N, C, H, W), contiguous, from (N, H, W, C)."""
-    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
+    """(N, C, H, W), contiguous and owning its memory, from (N, H, W, C)."""
+    count, height, width, channels = images.shape
+    planes = np.empty((count, channels, height, width), np.uint8)
+    for channel in range(channels):  # a plane at a time takes half as long as a transposed copy
+        planes[:, channel] = images[..., channel]
+    return torch.from_numpy(planes)
 
 
 def _as_picture(image: Image.Image | Tensor) -> Image.Image:

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from ..models.data import DataConfig
 from .data.errors import DataError
 from .data.examples import as_pixels, sample_images, sample_sizes
-from .data.images import ImageData
+from .data.images import ImageData, Source
+from .data.streaming import StreamedExamples
 from .recipe import DataSection
 
-_SAMPLE = 2048
+_SAMPLE, _STREAM_SAMPLE = 2048, 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
             raise DataError(f"data.{name}: expected {data.channels} values, one per channel, got {len(values)}")
     made_for = model_data(model)
     measured = data.validation if data.validation is not None else data.train
-    side = _common_side(sample_sizes(measured)) if measured is not None else None
+    side = _common_side(_sizes(measured)) if measured is not None else None
     notes: list[str] = []
     size, test_size, crop_fraction = made_for.train_size, made_for.test_size, made_for.crop_fraction
     small = side is not None and side < size
@@ -72,7 +74,7 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
     mean, std = made_for.mean, made_for.std
     if (small or len(mean) != data.channels) and (section.mean is None or section.std is None):
         examples = data.training_examples() or measured
-        images = sample_images(examples, _SAMPLE) if examples is not None else []
+        images = _sample(examples, _SAMPLE) if examples is not None else []
         mean, std = _measured([as_pixels(image) for image in images])
         notes.append(f"images: mean {_shown(mean)} and standard deviation {_shown(std)} of {len(images)} of them")
     return ImageConfig(
@@ -110,6 +112,16 @@ def _from_timm(config: dict[str, Any]) -> DataConfig:
         tuple(config.get("mean") or default.mean),
         tuple(config.get("std") or default.std),
     )
+
+
+def _sample(examples: Source, count: int) -> list[Image.Image]:
+    return examples.sample(count) if isinstance(examples, StreamedExamples) else sample_images(examples, count)
+
+
+def _sizes(examples: Source) -> list[tuple[int, int]]:
+    if isinstance(examples, StreamedExamples):
+        return [image.size for image in examples.sample(_STREAM_SAMPLE)]
+    return sample_sizes(examples)
 
 
 def _common_side(sizes: list[tuple[int, int]]) -> int | None:

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +16,16 @@ from torch.utils.data import DataLoader
 from .batch import Batch, Request, Skipped
 from .errors import DataError
 from .examples import DecodedExamples
-from .keys import example_keys, permutation
+from .images import Source
+from .keys import example_keys, order_seed, permutation
 from .reader import BatchReader, Transform, start_worker
+from .streaming import StreamedExamples, StreamItem
 
 __all__ = ["Batch", "EvaluationBatches", "Skipped", "TrainingBatches", "workers_for"]
 
 _JUDGED_FROM, _JUDGED_TO = 64, 2048
 _MOST_WORKERS = 8
+_SPARES = 8  # examples of a stream that can stand in for unreadable ones of an update
 
 Plan = Callable[[], Iterator[Request]]
 
@@ -55,7 +58,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        source: Any,
+        source: Source,
         transform: Transform,
         *,
         batch_size: int,
@@ -88,6 +91,7 @@ class TrainingBatches:
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.batch_size, self.microbatch_size = batch_size, microbatch_size
         self.microbatches = batch_size // microbatch_size
+        self.length = length
         self.updates_per_epoch = None if length is None else length // batch_size
         self._deliveries = _Deliveries(BatchReader(source, transform), workers, pin_memory)
 
@@ -114,13 +118,42 @@ class TrainingBatches:
         self._deliveries.close()
 
     def _requests(self, epoch: int, first_update: int) -> Iterator[Request]:
-        assert self.updates_per_epoch is not None
-        order = permutation(len(self.source), self.seed, epoch)
-        for update in range(first_update, self.updates_per_epoch):
-            for microbatch in range(self.rank, self.microbatches, self.world_size):
-                start = update * self.batch_size + microbatch * self.microbatch_size
-                positions = np.arange(start, start + self.microbatch_size)
-                yield Request(update, microbatch, order[positions], example_keys(self.seed, epoch, positions))
+        if isinstance(self.source, StreamedExamples):
+            return self._of_stream(self.source, epoch, first_update)
+        return self._of_permutation(epoch, first_update)
+
+    def _of_permutation(self, epoch: int, first_update: int) -> Iterator[Request]:
+        order = permutation(self.length or 0, self.seed, epoch)
+        for update in range(first_update, len(order) // self.batch_size):
+            examples = order[update * self.batch_size : (update + 1) * self.batch_size]
+            yield from self._of_update(epoch, update, examples)
+
+    def _of_stream(self, source: StreamedExamples, epoch: int, first_update: int) -> Iterator[Request]:
+        """Every process reads the whole stream, so that all know its order, and decodes its own share."""
+        items = source.stream(order_seed(self.seed, epoch))
+        ahead: list[StreamItem] = []
+        examples: list[StreamItem] = []
+        for update in itertools.count():
+            if update == self.updates_per_epoch:
+                return
+            before, examples = examples, ahead + list(itertools.islice(items, self.batch_size - len(ahead)))
+            if len(examples) < self.batch_size:
+                if self.updates_per_epoch is not None:
+                    read = update * self.batch_size + len(examples)
+                    raise DataError(f"data: {source.name} ended after {read} of {source.length} examples")
+                return
+            ahead = list(itertools.islice(items, min(_SPARES, self.batch_size)))
+            if update >= first_update:
+                yield from self._of_update(epoch, update, examples, ahead or before[-_SPARES:])
+
+    def _of_update(
+        self, epoch: int, update: int, examples: Sequence[Any] | np.ndarray, spares: Sequence[Any] | None = None
+    ) -> Iterator[Request]:
+        for microbatch in range(self.rank, self.microbatches, self.world_size):
+            start = microbatch * self.microbatch_size
+            chosen = slice(start, start + self.microbatch_size)
+            positions = update * self.batch_size + np.arange(chosen.start, chosen.stop)
+            yield Request(update, microbatch, examples[chosen], example_keys(self.seed, epoch, positions), spares)
 
 
 class EvaluationBatches:
@@ -139,7 +172,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        source: Any,
+        source: Source,
         transform: Transform,
         *,
         batch_size: int,
@@ -181,12 +214,18 @@ class EvaluationBatches:
         self._deliveries.close()
 
     def _requests(self) -> Iterator[Request]:
-        items = np.arange(self.rank, len(self.source), self.world_size)
-        for number, start in enumerate(range(0, len(items), self.batch_size)):
-            yield Request(number, 0, items[start : start + self.batch_size], None)
+        if isinstance(self.source, StreamedExamples):
+            share: Iterator[Any] = itertools.islice(self.source.stream(), self.rank, None, self.world_size)
+        else:
+            share = iter(range(self.rank, len(self.source), self.world_size))
+        for number in itertools.count():
+            items = list(itertools.islice(share, self.batch_size))
+            if not items:
+                return
+            yield Request(number, 0, items, None)
 
 
-def workers_for(wanted: int | Literal["auto"], source: Any, world_size: int = 1) -> int:
+def workers_for(wanted: int | Literal["auto"], source: Source, world_size: int = 1) -> int:
     """How many worker processes one process starts.
 
     ``"auto"``: none for images that are decoded already, else its share of the machine's cores, at most 8.
@@ -283,8 +322,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _length(source: Any) -> int | None:
-    return len(source)
+def _length(source: Source) -> int | None:
+    return source.length if isinstance(source, StreamedExamples) else len(source)
 
 
 def _check_ranks(rank: int, world_size: int) -> None:

@@ -39,7 +39,7 @@ def open_columns(section: DataSection, kind: Kind, channels: int) -> Opened:
     def table(split: Split) -> Any:
         if held_out and split == "validation":
             return table("train")
-        return _hub_table(section, split) if files is None else _file_table(files, kind, split, section)
+        return load_hub(section, split) if files is None else _file_table(files, kind, split, section)
 
     first = table("train") if files is None or files.train else table("validation")
     if first is None:
@@ -50,9 +50,9 @@ def open_columns(section: DataSection, kind: Kind, channels: int) -> Opened:
     @cache
     def labels(split: Split) -> np.ndarray:
         if label not in table(split).features:
-            raise DataError(f"data: {_place(section, split)} has no column {label!r}, so its labels are missing")
-        values = integer_labels(table(split).data.column(label), label, _place(section, split))
-        check_range(values, classes, _place(section, split))
+            raise DataError(f"data: {place_of(section, split)} has no column {label!r}, so its labels are missing")
+        values = integer_labels(table(split).data.column(label), label, place_of(section, split))
+        check_range(values, classes, place_of(section, split))
         return values
 
     if classes is None:
@@ -63,7 +63,7 @@ def open_columns(section: DataSection, kind: Kind, channels: int) -> Opened:
     def split(wanted: Split) -> Examples | None:
         if table(wanted) is None:
             return None
-        place, contents = _place(section, wanted), ColumnContents(table(wanted).data.column(image))
+        place, contents = place_of(section, wanted), ColumnContents(table(wanted).data.column(image))
         whole = EncodedExamples(place, contents, labels(wanted), channels)
         if not held_out:
             return whole
@@ -113,7 +113,8 @@ def _is_label(feature: Any) -> bool:
     return type(feature).__name__ == "ClassLabel" or getattr(feature, "dtype", "").startswith(("int", "uint"))
 
 
-def _place(section: DataSection, split: str) -> str:
+def place_of(section: DataSection, split: str) -> str:
+    """What to call a split in messages."""
     return f"{section.path} ({split})"
 
 
@@ -124,10 +125,11 @@ def _file_table(files: SplitFiles, kind: Kind, split: Split, section: DataSectio
     return load(kind, section.path, data_files={split: [str(path) for path in paths]}, split=split)
 
 
-def _hub_table(section: DataSection, split: Split) -> Any:
+def load_hub(section: DataSection, split: Split, **options: Any) -> Any:
+    """A split of ``hub:NAME`` or ``hub:NAME:CONFIGURATION``."""
     name, _, configuration = section.path.removeprefix("hub:").partition(":")
     named = (section.train if split == "train" else section.validation) or split
-    return load(name, section.path, name=configuration or None, split=named)
+    return load(name, section.path, name=configuration or None, split=named, **options)
 
 
 def load(source: str, place: str, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from .errors import UnreadableImage
 
 KEPT_BYTES = 512 * 2**20
 _SAMPLED_HEADERS = 256
+_WORTH_A_THREAD = 2**16  # bytes of an image; for smaller ones threads wait for each other
 
 
 class Examples(Protocol):
@@ -176,8 +177,11 @@ def keep_decoded(examples: Examples, wanted: bool | str = "auto") -> Examples:
             failures[index] = str(error)
             return None
 
-    with ThreadPoolExecutor(2) as pool:  # Pillow decodes outside of the interpreter's lock
-        images = list(pool.map(pixels, range(len(examples)), chunksize=1))
+    if decoded_bytes(examples) < _WORTH_A_THREAD * len(examples):
+        images = [pixels(index) for index in range(len(examples))]
+    else:
+        with ThreadPoolExecutor(2) as pool:  # Pillow decodes outside of the interpreter's lock
+            images = list(pool.map(pixels, range(len(examples))))
     names = [examples.describe(index) for index in range(len(examples))]
     return DecodedExamples(examples.name, images, examples.labels, names, failures)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from .examples import Examples, keep_decoded
 from .folder import open_folder
 from .keys import permutation
 from .labels import check_classes, check_range
-from .locate import kind_of
+from .locate import Kind, kind_of
 from .opened import SPLITS, Opened, Split
+from .streaming import StreamedExamples, open_streams
 
+Source = Examples | StreamedExamples
+_Source = TypeVar("_Source", Examples, StreamedExamples)
 _HELD_OUT_SEED = 0
 _PURPOSES = {"train": "training", "validation": "validation"}
 
@@ -36,12 +40,12 @@ class ImageData:
             standard deviation; None if there are none.
     """
 
-    train: Examples | None
-    validation: Examples | None
+    train: Source | None
+    validation: Source | None
     classes: tuple[str, ...]
     channels: int
     notes: tuple[str, ...] = ()
-    training_examples: Callable[[], Examples | None] = field(default=lambda: None, repr=False)
+    training_examples: Callable[[], Source | None] = field(default=lambda: None, repr=False)
 
 
 def open_data(
@@ -61,7 +65,10 @@ def open_data(
     """
     if channels not in (1, 3):
         raise DataError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
-    opened = _opened(section, channels)
+    kind = kind_of(section.path)
+    if section.streaming and kind not in ("digits", "folder"):
+        return _streamed(section, kind, tuple(splits), channels)
+    opened = _opened(section, kind, channels)
     limits = {"train": section.limit, "validation": section.validation_limit}
 
     @cache
@@ -89,8 +96,20 @@ def open_data(
     )
 
 
-def _opened(section: DataSection, channels: int) -> Opened:
-    kind = kind_of(section.path)
+def _streamed(section: DataSection, kind: Kind, splits: tuple[Split, ...], channels: int) -> ImageData:
+    opened = open_streams(section, kind, splits, channels)
+    found = {split: _present(opened.streams[split], split, section.path) for split in splits}
+    return ImageData(
+        found.get("train"),
+        found.get("validation"),
+        opened.classes,
+        channels,
+        tuple(opened.notes),
+        lambda: open_streams(section, kind, ("train",), channels).streams["train"],
+    )
+
+
+def _opened(section: DataSection, kind: Kind, channels: int) -> Opened:
     if kind == "digits":
         return digits(channels)
     if kind == "folder":
@@ -110,13 +129,18 @@ def _held_out(opened: Opened, count: int, wanted: Split) -> Examples | None:
 
 
 def _checked(examples: Examples | None, split: Split, opened: Opened, path: str) -> Examples:
+    present = _present(examples, split, path)
+    if not len(present):
+        raise DataError(f"data: there is no example for {_PURPOSES[split]} in {present.name}")
+    check_range(present.labels, opened.classes, present.name)
+    if split == "train":
+        check_classes(present.labels, opened.classes, present.name)
+    return present
+
+
+def _present(examples: _Source | None, split: Split, path: str) -> _Source:
     if examples is None:
         raise DataError(
             f"data: {path} has nothing that is named for {_PURPOSES[split]}; name its files or folder with data.{split}"
         )
-    if not len(examples):
-        raise DataError(f"data: there is no example for {_PURPOSES[split]} in {examples.name}")
-    check_range(examples.labels, opened.classes, examples.name)
-    if split == "train":
-        check_classes(examples.labels, opened.classes, examples.name)
     return examples

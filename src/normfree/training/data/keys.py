@@ -14,9 +14,14 @@ ORDER, AUGMENTATION, MIXING, REPLACEMENT = 101, 102, 103, 104
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+def order_seed(seed: int, epoch: int) -> int:
+    """What the order of an epoch is drawn with."""
+    return seed_for(seed, ORDER, epoch)
+
+
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     """(length,) int64: the order of an epoch."""
-    return np.random.default_rng(seed_for(seed, ORDER, epoch)).permutation(length)
+    return np.random.default_rng(order_seed(seed, epoch)).permutation(length)
 
 
 def example_keys(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:

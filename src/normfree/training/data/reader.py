@@ -80,10 +80,12 @@ class BatchReader:
         yield item
         if request.keys is None:
             return
-        pool = range(len(self.source)) if request.spares is None else request.spares
-        for number in uniforms(np.array([~np.uint64(key)]), _ATTEMPTS)[0]:
-            if len(pool):
-                yield pool[int(number * len(pool))]
+        other = np.array([~np.uint64(key)])
+        if request.spares is None:
+            yield from (uniforms(other, _ATTEMPTS)[0] * len(self.source)).astype(int).tolist()
+        else:
+            pool = [*request.spares, *request.items]
+            yield from (pool[number] for number in np.argsort(uniforms(other, len(pool))[0]))
 
 
 def start_worker(_: int) -> None:

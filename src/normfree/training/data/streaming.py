@@ -1,0 +1,219 @@
+"""Labelled images that are read on the way, in the order of a stream, for data that no disk or memory here holds."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..recipe import DataSection
+from .columns import class_names, column_names, load, load_hub, place_of
+from .decode import decode_image
+from .errors import DataError, UnreadableImage
+from .labels import check_classes, check_range, integer_labels
+from .locate import Kind, split_files
+from .opened import SPLITS, Split
+
+
+class StreamItem(NamedTuple):
+    """One encoded example."""
+
+    content: bytes
+    label: int
+    name: str
+
+
+class StreamedExamples:
+    """Examples in the order of a stream.
+
+    Args:
+        name: what to call them in messages.
+        rows: a Hugging Face ``IterableDataset`` of encoded images and labels.
+        image, label: its columns.
+        channels: 1 or 3.
+        classes: how many there are.
+        length: how many examples there are, as far as that is known.
+        buffer: how many examples are shuffled among.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        image: str,
+        label: str,
+        channels: int,
+        classes: int,
+        length: int | None,
+        buffer: int,
+    ):
+        self.name, self.channels, self.length, self.buffer = name, channels, length, buffer
+        self._rows, self._image, self._label, self._classes = rows, image, label, classes
+
+    def stream(self, seed: int | None = None) -> Iterator[StreamItem]:
+        """All examples, shuffled by a seed, or in the order of the files.
+
+        Raises:
+            DataError: a label is missing, no integer or out of range.
+        """
+        rows = self._rows if seed is None else self._rows.shuffle(seed=seed, buffer_size=self.buffer)
+        for number, row in enumerate(rows):
+            image = row[self._image]
+            content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+            name = str(path or f"example {number} of the stream")
+            yield StreamItem(content or b"", self._checked(row[self._label], name), name)
+
+    def describe(self, item: StreamItem) -> str:
+        return item.name
+
+    def label(self, item: StreamItem) -> int:
+        return item.label
+
+    def load(self, item: StreamItem) -> Image.Image:
+        return decode_image(item.content, self.channels)
+
+    def sample(self, count: int) -> list[Image.Image]:
+        """The first images of the files; unreadable ones are left out."""
+        images = []
+        for item in itertools.islice(self.stream(), count):
+            try:
+                images.append(self.load(item))
+            except UnreadableImage:
+                continue
+        return images
+
+    def _checked(self, label: Any, name: str) -> int:
+        if isinstance(label, bool) or not isinstance(label, int):
+            found = "no label" if label is None else f"the label {label!r}, no integer"
+            raise DataError(f"data: {name} of {self.name} has {found}; name the column with data.label_column")
+        if not 0 <= label < self._classes:
+            raise DataError(
+                f"data: {name} of {self.name} has the label {label}, out of range for {self._classes} classes "
+                f"(0 to {self._classes - 1})"
+            )
+        return label
+
+
+class OpenedStream(NamedTuple):
+    """Classes and streams."""
+
+    classes: tuple[str, ...]
+    streams: dict[Split, StreamedExamples | None]
+    notes: list[str]
+
+
+def open_streams(section: DataSection, kind: Kind, splits: Sequence[Split], channels: int) -> OpenedStream:
+    """Streams of Parquet files, WebDataset shards or a data set of the hub.
+
+    The labels of local files are read and checked beforehand; with them the number of examples is known.
+
+    Raises:
+        DataError: what :func:`open_columns` raises, or nothing is named for validation: nothing is held out of a
+            stream.
+    """
+    if section.holdout is not None:
+        raise DataError("data.holdout: not for streaming; name files for validation with data.validation")
+    suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(kind)
+    files = {} if suffix is None else _named_files(section, suffix, splits)
+    limits = {"train": section.limit, "validation": section.validation_limit}
+
+    @cache
+    def rows(split: Split) -> Any:
+        if suffix is None:
+            return load_hub(section, split, streaming=True)
+        paths = [str(path) for path in files[split]]
+        return load(kind, section.path, data_files={split: paths}, split=split, streaming=True)
+
+    present = [split for split in SPLITS if (split in files if suffix else split in splits)]
+    features = rows(present[0]).features
+    if features is None:
+        raise DataError(f"data: {section.path} does not say which columns it has; it cannot be streamed")
+    image, label = column_names(features, section)
+    classes = class_names(features[label])
+    labels = {split: _labels(kind, files[split], label, place_of(section, split)) for split in present if suffix}
+    for split, values in labels.items():
+        check_range(values, classes, place_of(section, split))
+    notes = []
+    if classes is None:
+        if not labels:
+            raise DataError(f"data: {section.path} does not name its classes; it cannot be streamed")
+        highest = max(int(values.max(initial=-1)) for values in labels.values())
+        classes = tuple(str(number) for number in range(highest + 1))
+        notes.append(f"{section.path}: no class names; labels run from 0 to {highest}")
+    streams: dict[Split, StreamedExamples | None] = {}
+    for split in splits:
+        if split not in present:
+            streams[split] = None
+            continue
+        limit = limits[split]
+        if split == "train" and split in labels:
+            check_classes(labels[split][:limit], classes, place_of(section, split))
+        table = _encoded(rows(split).select_columns([image, label]), image)
+        counts = [count for count in (len(labels[split]) if split in labels else None, limit) if count is not None]
+        streams[split] = StreamedExamples(
+            place_of(section, split),
+            table if limit is None else table.take(limit),
+            image,
+            label,
+            channels,
+            len(classes),
+            min(counts) if counts else None,
+            section.shuffle_buffer,
+        )
+    return OpenedStream(classes, streams, notes)
+
+
+def _named_files(section: DataSection, suffix: str, splits: Sequence[Split]) -> dict[Split, list[Path]]:
+    files = split_files(section.path, suffix, section.train, section.validation)
+    if files.held_out and "validation" in splits:
+        raise DataError(
+            f"data: nothing in {section.path} is named for validation, and nothing is held out of a stream; "
+            "name files with data.validation"
+        )
+    named: dict[Split, list[Path]] = {"train": files.train, "validation": [] if files.held_out else files.validation}
+    return {split: paths for split, paths in named.items() if paths}
+
+
+def _encoded(rows: Any, image: str) -> Any:
+    """Rows whose images stay bytes."""
+    import datasets
+
+    if isinstance(rows.features[image], datasets.Image):
+        return rows.cast_column(image, datasets.Image(decode=False))
+    return rows
+
+
+def _labels(kind: Kind, files: Sequence[Path], label: str, place: str) -> np.ndarray:
+    """(N,) int64: all labels of local files, without reading their images."""
+    if kind == "webdataset":
+        return np.array([value for file in files for value in _shard_labels(file, label, place)], np.int64)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = []
+    for file in files:
+        if label not in pq.read_schema(file).names:
+            raise DataError(f"data: {file} has no column {label!r}, so its labels are missing")
+        columns += pq.read_table(file, columns=[label]).column(0).chunks
+    return integer_labels(pa.chunked_array(columns), label, place)
+
+
+def _shard_labels(file: Path, label: str, place: str) -> Iterator[int]:
+    """Labels of a shard, from its members NAME.LABEL; their contents are a few bytes."""
+    try:
+        with tarfile.open(file) as shard:
+            for member in shard:
+                if member.isfile() and member.name.rpartition(".")[2] == label:
+                    content = shard.extractfile(member)
+                    text = content.read() if content is not None else b""
+                    if not text.strip().lstrip(b"-").isdigit():
+                        raise DataError(f"data: {member.name} of {place} holds {text[:20]!r}, not an integer")
+                    yield int(text)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"data: {file} is no readable tar file: {error}") from None
