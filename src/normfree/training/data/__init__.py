@@ -3,9 +3,10 @@
 from .batches import Batch, EvaluationBatches, Skipped, TrainingBatches, workers_for
 from .errors import DataError, UnreadableImage
 from .examples import Examples
-from .images import ImageData, open_data
+from .images import VALIDATION, ImageData, open_data
 
 __all__ = [
+    "VALIDATION",
     "Batch",
     "DataError",
     "EvaluationBatches",

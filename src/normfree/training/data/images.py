@@ -11,11 +11,14 @@ from . import columns, folder
 from .digits import digits
 from .errors import DataError
 from .examples import Examples
+from .holdout import hold_out
 from .labels import check_classes, check_range
 from .locate import kind_of
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+TRAINING: tuple[Split, ...] = ("train",)
+VALIDATION: tuple[Split, ...] = ("validation",)
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ def open_data(
     if channels not in (1, 3):
         raise DataError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
     kind = kind_of(section.path)
+    opening: Collection[Split] = splits if section.holdout is None else TRAINING
     if kind == "digits":
         opened = digits(section, channels)
     elif kind == "folder":
-        opened = folder.open_folder(section, splits, channels)
+        opened = folder.open_folder(section, opening, channels)
     else:
-        opened = columns.open_columns(section, kind, splits, channels)
+        opened = columns.open_columns(section, kind, opening, channels)
+    if section.holdout is not None and opened.train is not None:
+        opened = hold_out(opened, section.holdout)
     data = ImageData(
         opened.train if "train" in splits else None,
         opened.validation if "validation" in splits else None,
