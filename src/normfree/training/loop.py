@@ -429,8 +429,8 @@ class _Run:
         if self.recipe.log.tensorboard:
             from matplotlib.figure import Figure
 
-            figure = Figure(figsize=(6, 4))
-            signal.plot(figure.subplots())
+            figure = Figure(figsize=(13.0, 4.3), layout="constrained")
+            signal.plot(figure.subplots(1, 3))
             self.tensorboard.figure("signal", figure, step)
 
     def _announce(self, watcher: Watcher) -> None:
