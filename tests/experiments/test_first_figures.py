@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import normfree as nf
-from normfree.experiments import first_figures
+from normfree.experiments import Settings, first_figures
 from normfree.experiments.first_figures import Scale, figure1, figure2
 
 

@@ -123,7 +123,7 @@ def depth(settings: Settings) -> StudyReport:
 
 
 def table1(settings: Settings) -> StudyReport:
-    """FixUp, SkipInit, normaliser-free and BatchNorm, plain and regularised: the paper's first table, at CIFAR scale."""
+    """FixUp, SkipInit, normaliser-free and BatchNorm, plain and regularised: the paper's table 1 at CIFAR scale."""
     methods = (FIXUP, SKIPINIT, NF, BN)
     study = _Study.begin("table1", settings)
     with study.until_time_is_over():

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torchvision import import_torchvision
+
 
 @dataclass(frozen=True)
 class ClassResult:
@@ -83,6 +85,7 @@ def evaluate(
     Raises:
         ValueError: no example, or logits that do not fit the classes.
     """
+    import_torchvision()  # torchmetrics imports it, too
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 

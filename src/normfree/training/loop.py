@@ -175,7 +175,7 @@ class _Run:
         if not is_restored:  # otherwise the gains are in the checkpoint
             shape = (self.data.channels, self.images.size, self.images.size)
             model = calibrated_model(model, recipe, shape, self._first_images)
-        self.model: nn.Module = model.to(self.device, memory_format=self.memory_format)
+        self.model: nn.Module = model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.average: AveragedModel | None = averaged(model, recipe.ema_decay) if recipe.ema_decay else None
         self.optimizer = make_optimizer(model, recipe)
         factor = learning_rate_factor(recipe.optimizer, self.updates, self.updates_per_epoch)
@@ -429,8 +429,8 @@ class _Run:
         if self.recipe.log.tensorboard:
             from matplotlib.figure import Figure
 
-            figure = Figure(figsize=(6, 4))
-            signal.plot(figure.subplots())
+            figure = Figure(figsize=(13.0, 4.3), layout="constrained")
+            signal.plot(figure.subplots(1, 3))
             self.tensorboard.figure("signal", figure, step)
 
     def _announce(self, watcher: Watcher) -> None:
@@ -438,9 +438,12 @@ class _Run:
             return
         recipe = self.recipe
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        train, validation = self.data.train, self.data.validation
+        assert train is not None
+        assert validation is not None
         watcher.line(
-            f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, on {self.device}; {len(self.data.train)} training and "
-            f"{len(self.data.validation)} validation examples of {len(self.data.classes)} classes, {self.images.size} px"
+            f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, on {self.device}; {len(train)} training and "
+            f"{len(validation)} validation examples of {len(self.data.classes)} classes, {self.images.size} px"
         )
         for note in (*self.data.notes, *self.images.notes):
             watcher.line(note)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from .augmentation import evaluation_transform
 from .building import build_model
 from .checkpoint import ResumeError, load_checkpoint
-from .data import EvaluationBatches, open_data
+from .data import VALIDATION, EvaluationBatches, open_data
 from .distributed import this_process
 from .evaluation import EvaluationResult, evaluate
 from .image_config import resolve_images
@@ -44,13 +44,13 @@ def evaluate_run(
     folder = RunFolder(Path(run))
     recipe = folder.read_recipe()
     state = load_checkpoint(folder.last if checkpoint == "last" else folder.best)
-    own = open_data(recipe.data, recipe.seed, splits=("validation",))
+    own = open_data(recipe.data, recipe.seed, splits=VALIDATION)
     other = own
     if data is not None:
         section = recipe.data.model_copy(
             update={"path": data, "train": None, "validation": None, "holdout": None, "validation_limit": None}
         )
-        other = open_data(section, recipe.seed, splits=("validation",))
+        other = open_data(section, recipe.seed, splits=VALIDATION)
         if other.classes != own.classes:
             raise ValueError(f"data: {data} has other classes than the run: {len(other.classes)}, not the same ones")
     model = build_model(recipe.model.model_copy(update={"weights": None}), len(own.classes), own.channels)
@@ -67,7 +67,7 @@ def evaluate_run(
             world_size=process.world_size,
         )
         return evaluate(
-            model.to(process.device, memory_format=layout),
+            model.to(process.device).to(memory_format=layout),  # type: ignore[call-overload]
             batches,
             lambda batch: finish(batch, device=process.device)[0].contiguous(memory_format=layout),
             own.classes,
@@ -76,7 +76,7 @@ def evaluate_run(
         )
 
 
-def _weights(state: dict, wanted: str, by_recipe: str, checkpoint: str) -> dict[str, torch.Tensor]:
+def _weights(state: dict[str, Any], wanted: str, by_recipe: str, checkpoint: str) -> dict[str, torch.Tensor]:
     if checkpoint == "best":
         if wanted != "auto":
             raise ResumeError("weights: the best checkpoint holds only the weights that were evaluated; use auto")

@@ -4,8 +4,10 @@ from .batches import Batch, EvaluationBatches, Skipped, TrainingBatches, workers
 from .errors import DataError, UnreadableImage
 from .examples import Examples
 from .images import ImageData, open_data
+from .opened import VALIDATION
 
 __all__ = [
+    "VALIDATION",
     "Batch",
     "DataError",
     "EvaluationBatches",

@@ -288,7 +288,7 @@ class _Deliveries:
             batch_size=None,
             sampler=self._sampler,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             worker_init_fn=start_worker,
             persistent_workers=True,
             pin_memory=self.pin_memory,

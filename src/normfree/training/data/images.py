@@ -13,9 +13,8 @@ from ..recipe import DataSection
 from .columns import open_columns
 from .digits import digits
 from .errors import DataError
-from .examples import Examples, keep_decoded
+from .examples import Examples, keep_decoded, spread
 from .folder import open_folder
-from .keys import permutation
 from .labels import check_classes, check_range
 from .locate import Kind, kind_of
 from .opened import SPLITS, Opened, Split
@@ -23,7 +22,6 @@ from .streaming import StreamedExamples, open_streams
 
 Source = Examples | StreamedExamples
 _Source = TypeVar("_Source", Examples, StreamedExamples)
-_HELD_OUT_SEED = 0
 _PURPOSES = {"train": "training", "validation": "validation"}
 
 
@@ -85,7 +83,7 @@ def open_data(
         found[wanted] = keep_decoded(examples, section.keep_decoded)
     notes = list(opened.notes)
     if section.holdout is not None:
-        notes.append(f"{section.path}: validation on {section.holdout} training examples, which are not trained on")
+        notes.append(f"{section.path}: {section.holdout} training examples, evenly spread, are held out for validation")
     return ImageData(
         found.get("train"),
         found.get("validation"),
@@ -118,14 +116,14 @@ def _opened(section: DataSection, kind: Kind, channels: int) -> Opened:
 
 
 def _held_out(opened: Opened, count: int, wanted: Split) -> Examples | None:
-    """The training examples without some that are drawn once and for all, or those."""
+    """Some of the training examples, evenly spread over them, or the rest."""
     whole = opened.split("train")
     if whole is None:
         return None
     if count >= len(whole):
         raise DataError(f"data.holdout: {count} of {len(whole)} examples of {whole.name} leave none to train on")
-    order = permutation(len(whole), _HELD_OUT_SEED, 0)
-    return whole.at(np.sort(order[:count] if wanted == "validation" else order[count:]))
+    held_out = np.isin(np.arange(len(whole)), spread(len(whole), count))
+    return whole.at(np.flatnonzero(held_out == (wanted == "validation")))
 
 
 def _checked(examples: Examples | None, split: Split, opened: Opened, path: str) -> Examples:

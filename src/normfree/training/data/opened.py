@@ -13,6 +13,7 @@ from .examples import Examples
 Split = Literal["train", "validation"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+VALIDATION: tuple[Split, ...] = ("validation",)
 HELD_OUT_EVERY = 10
 
 
