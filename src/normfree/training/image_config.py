@@ -73,7 +73,8 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
         size = test_size = section.size
     mean, std = made_for.mean, made_for.std
     if (small or len(mean) != data.channels) and (section.mean is None or section.std is None):
-        examples = data.training_examples() or measured
+        training = data.training_examples()
+        examples = measured if training is None else training
         images = _sample(examples, _SAMPLE) if examples is not None else []
         mean, std = _measured([as_pixels(image) for image in images])
         notes.append(f"images: mean {_shown(mean)} and standard deviation {_shown(std)} of {len(images)} of them")

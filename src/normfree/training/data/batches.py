@@ -58,7 +58,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | None,
         transform: Transform,
         *,
         batch_size: int,
@@ -69,6 +69,7 @@ class TrainingBatches:
         workers: int = 0,
         pin_memory: bool = False,
     ):
+        source = _opened(source)
         length = _length(source)
         _check_ranks(rank, world_size)
         if length is not None and world_size > length:
@@ -172,7 +173,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | None,
         transform: Transform,
         *,
         batch_size: int,
@@ -184,6 +185,7 @@ class EvaluationBatches:
         _check_ranks(rank, world_size)
         if batch_size < 1:
             raise DataError(f"batch_size: expected at least 1, got {batch_size}")
+        source = _opened(source)
         self.source, self.batch_size, self.rank, self.world_size = source, batch_size, rank, world_size
         self.skipped: list[Skipped] = []
         self._deliveries = _Deliveries(BatchReader(source, transform), workers, pin_memory)
@@ -225,7 +227,7 @@ class EvaluationBatches:
             yield Request(number, 0, items, None)
 
 
-def workers_for(wanted: int | Literal["auto"], source: Source, world_size: int = 1) -> int:
+def workers_for(wanted: int | Literal["auto"], source: Source | None, world_size: int = 1) -> int:
     """How many worker processes one process starts.
 
     ``"auto"``: none for images that are decoded already, else its share of the machine's cores, at most 8.
@@ -320,6 +322,12 @@ class _Sampler:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _opened(source: Source | None) -> Source:
+    if source is None:
+        raise DataError("data: the examples were not opened; ask open_data for this split")
+    return source
 
 
 def _length(source: Source) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,10 +121,32 @@ def place_of(section: DataSection, split: str) -> str:
 
 
 def _file_table(files: SplitFiles, kind: Kind, split: Split, section: DataSection) -> Any:
-    paths = files.train if split == "train" else files.validation
-    if not paths:
+    named = files.train if split == "train" else files.validation
+    if not named:
         return None
+    paths = with_rows(named) if kind == "parquet" else named
+    if not paths:
+        raise DataError(f"data: there is no example in {place_of(section, split)}: its tables have no rows")
     return load(kind, section.path, data_files={split: [str(path) for path in paths]}, split=split)
+
+
+def with_rows(files: Sequence[Path]) -> list[Path]:
+    """Parquet files that are not empty; ``datasets`` stumbles over those that are.
+
+    Raises:
+        DataError: a file is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = []
+    for file in files:
+        try:
+            rows = pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"data: {file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        found += [file] if rows else []
+    return found
 
 
 def load_hub(section: DataSection, split: Split, **options: Any) -> Any:
@@ -157,7 +181,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
     shown = not datasets.are_progress_bars_disabled()
     level = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..recipe import DataSection
-from .columns import class_names, column_names, load, load_hub, place_of
+from .columns import class_names, column_names, load, load_hub, place_of, with_rows
 from .decode import decode_image
 from .errors import DataError, UnreadableImage
 from .labels import check_classes, check_range, integer_labels
@@ -55,6 +55,11 @@ class StreamedExamples:
     ):
         self.name, self.channels, self.length, self.buffer = name, channels, length, buffer
         self._rows, self._image, self._label, self._classes = rows, image, label, classes
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError(f"nobody knows how many examples {self.name} has")
+        return self.length
 
     def stream(self, seed: int | None = None) -> Iterator[StreamItem]:
         """All examples, shuffled by a seed, or in the order of the files.
@@ -121,14 +126,20 @@ def open_streams(section: DataSection, kind: Kind, splits: Sequence[Split], chan
         raise DataError("data.holdout: not for streaming; name files for validation with data.validation")
     suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(kind)
     files = {} if suffix is None else _named_files(section, suffix, splits)
+    if kind == "parquet":
+        files = {split: with_rows(paths) for split, paths in files.items()}
+    for split, paths in files.items():
+        if not paths:
+            raise DataError(f"data: there is no example in {place_of(section, split)}: its tables have no rows")
     limits = {"train": section.limit, "validation": section.validation_limit}
 
     @cache
     def rows(split: Split) -> Any:
         if suffix is None:
             return load_hub(section, split, streaming=True)
-        paths = [str(path) for path in files[split]]
-        return load(kind, section.path, data_files={split: paths}, split=split, streaming=True)
+        return load(
+            kind, section.path, data_files={split: [str(path) for path in files[split]]}, split=split, streaming=True
+        )
 
     present = [split for split in SPLITS if (split in files if suffix else split in splits)]
     features = rows(present[0]).features
