@@ -75,7 +75,9 @@ class RunFolder:
         if not file.is_file():
             raise ResumeError(f"{self.path} has no images.json: the run has not begun")
         kept = json.loads(file.read_text(encoding="utf-8"))
-        images = {key: tuple(value) if isinstance(value, list) else value for key, value in kept["images"].items()}
+        images: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in kept["images"].items()
+        }
         return tuple(kept["classes"]), ImageConfig(**images)
 
     def read_recipe(self) -> Recipe:
