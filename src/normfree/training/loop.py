@@ -187,6 +187,7 @@ class _Run:
             self._restore()
         elif process.is_first and not is_resumed:
             folder.start(recipe, process)
+            folder.write_images(self.data.classes, self.images)
         process.wait()
         self.parallel = self._parallel()
         self.run: Any = torch.compile(self.parallel) if recipe.compile else self.parallel

@@ -7,7 +7,8 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from ..files import write_text
 from .checkpoint import BEST, LAST, ResumeError
 from .distributed import Process
+from .image_config import ImageConfig
 from .recipe import Recipe, RecipeError, differences, load_recipe
 
 _PACKAGES = ("torch", "torchvision", "numpy", "datasets", "timm")
@@ -27,9 +29,9 @@ _PACKAGES = ("torch", "torchvision", "numpy", "datasets", "timm")
 class RunFolder:
     """The folder of a run.
 
-    ``recipe.yaml``, ``run.json`` (command, seed, versions, machine), ``log.csv``, ``evaluations.csv``,
-    ``checkpoints/last.pt`` and ``best.pt``, ``signal/``, ``tensorboard/``; at the end ``model.safetensors`` and
-    ``result.json``; after a loss that is not finite ``failure/``.
+    ``recipe.yaml``, ``run.json`` (command, seed, versions, machine), ``images.json`` (classes, sizes, normalisation),
+    ``log.csv``, ``evaluations.csv``, ``checkpoints/last.pt`` and ``best.pt``, ``signal/``, ``tensorboard/``; at the
+    end ``model.safetensors`` and ``result.json``; after a loss that is not finite ``failure/``.
     """
 
     path: Path
@@ -57,6 +59,26 @@ class RunFolder:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    def write_images(self, classes: Sequence[str], images: ImageConfig) -> None:
+        """Keeps what the data looked like, which evaluation needs however the data changes."""
+        text = json.dumps({"classes": list(classes), "images": asdict(images)}, indent=1, ensure_ascii=False)
+        write_text(self.path / "images.json", text + "\n")
+
+    def read_images(self) -> tuple[tuple[str, ...], ImageConfig]:
+        """Class names in the order of the labels, and how images are prepared.
+
+        Raises:
+            ResumeError: the run has not come so far.
+        """
+        file = self.path / "images.json"
+        if not file.is_file():
+            raise ResumeError(f"{self.path} has no images.json: the run has not begun")
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        images: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in kept["images"].items()
+        }
+        return tuple(kept["classes"]), ImageConfig(**images)
 
     def read_recipe(self) -> Recipe:
         """The recipe that the run follows.

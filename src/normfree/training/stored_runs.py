@@ -13,7 +13,6 @@ from .checkpoint import ResumeError, load_checkpoint
 from .data import VALIDATION, EvaluationBatches, open_data
 from .distributed import this_process
 from .evaluation import EvaluationResult, evaluate
-from .image_config import resolve_images
 from .mixing import BatchFinisher
 from .run_folder import RunFolder
 
@@ -44,23 +43,25 @@ def evaluate_run(
     folder = RunFolder(Path(run))
     recipe = folder.read_recipe()
     state = load_checkpoint(folder.last if checkpoint == "last" else folder.best)
-    own = open_data(recipe.data, recipe.seed, splits=VALIDATION)
-    other = own
+    classes, images = folder.read_images()
+    section = recipe.data
     if data is not None:
-        section = recipe.data.model_copy(
+        section = section.model_copy(
             update={"path": data, "train": None, "validation": None, "holdout": None, "validation_limit": None}
         )
-        other = open_data(section, recipe.seed, splits=VALIDATION)
-        if other.classes != own.classes:
-            raise ValueError(f"data: {data} has other classes than the run: {len(other.classes)}, not the same ones")
-    model = build_model(recipe.model.model_copy(update={"weights": None}), len(own.classes), own.channels)
-    images = resolve_images(recipe.data, own, model)
+    opened = open_data(section, recipe.seed, splits=VALIDATION, channels=images.channels)
+    if opened.classes != classes:
+        raise ValueError(
+            f"data: {section.path} has {len(opened.classes)} classes that are not the {len(classes)} of the run, "
+            f"such as {next(iter(set(opened.classes) ^ set(classes)), opened.classes[0])!r}"
+        )
+    model = build_model(recipe.model.model_copy(update={"weights": None}), len(classes), images.channels)
     model.load_state_dict(_weights(state, weights, recipe.evaluation.weights, checkpoint))
-    finish = BatchFinisher(None, images, len(own.classes))
+    finish = BatchFinisher(None, images, len(classes))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     with this_process(device) as process:
         batches = EvaluationBatches(
-            other.validation,
+            opened.validation,
             evaluation_transform(images),
             batch_size=batch_size,
             rank=process.rank,
@@ -70,7 +71,7 @@ def evaluate_run(
             model.to(process.device).to(memory_format=layout),  # type: ignore[call-overload]
             batches,
             lambda batch: finish(batch, device=process.device)[0].contiguous(memory_format=layout),
-            own.classes,
+            classes,
             process.device,
             recipe.precision,
         )
