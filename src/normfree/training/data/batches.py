@@ -275,10 +275,10 @@ class _Deliveries:
             for batch in self._loader:
                 delivered += 1
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             self._loader, self.workers = None, 0
             warnings.warn(f"data: a worker ended ({reason}); reading goes on in the main process", stacklevel=2)
             yield from self._here(itertools.islice(plan(), delivered, None))

@@ -18,7 +18,7 @@ from .labels import check_range, integer_labels
 from .locate import Kind, SplitFiles, split_files
 from .opened import HELD_OUT_EVERY, SPLITS, Opened, Split, held_out_rows
 
-_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
+SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label", "category")
 
@@ -31,7 +31,7 @@ def open_columns(section: DataSection, kind: Kind, channels: int) -> Opened:
     Raises:
         DataError: no such files, columns or splits, or labels that are no class numbers.
     """
-    files = None if kind == "hub" else split_files(section.path, _SUFFIXES[kind], section.train, section.validation)
+    files = None if kind == "hub" else split_files(section.path, SUFFIXES[kind], section.train, section.validation)
     held_out = files is not None and files.held_out
     notes = []
     if held_out:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tarfile
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +12,14 @@ import numpy as np
 from PIL import Image
 
 from ..recipe import DataSection
-from .columns import class_names, column_names, load, load_hub, place_of, with_rows
+from .columns import SUFFIXES, class_names, column_names, load, load_hub, place_of, with_rows
 from .decode import decode_image
 from .errors import DataError, UnreadableImage
 from .labels import check_classes, check_range, integer_labels
 from .locate import Kind, split_files
-from .opened import SPLITS, Split
+from .opened import Split
+
+_ROWS_AT_ONCE = 64
 
 
 class StreamItem(NamedTuple):
@@ -124,77 +125,108 @@ def open_streams(section: DataSection, kind: Kind, splits: Sequence[Split], chan
     """
     if section.holdout is not None:
         raise DataError("data.holdout: not for streaming; name files for validation with data.validation")
-    suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(kind)
-    files = {} if suffix is None else _named_files(section, suffix, splits)
-    if kind == "parquet":
-        files = {split: with_rows(paths) for split, paths in files.items()}
-    for split, paths in files.items():
-        if not paths:
-            raise DataError(f"data: there is no example in {place_of(section, split)}: its tables have no rows")
-    limits = {"train": section.limit, "validation": section.validation_limit}
-
-    @cache
-    def rows(split: Split) -> Any:
-        if suffix is None:
-            return load_hub(section, split, streaming=True)
-        return load(
-            kind, section.path, data_files={split: [str(path) for path in files[split]]}, split=split, streaming=True
-        )
-
-    present = [split for split in SPLITS if (split in files if suffix else split in splits)]
-    features = rows(present[0]).features
+    files = {} if kind == "hub" else _named_files(section, kind, splits)
+    remote = {split: load_hub(section, split, streaming=True) for split in splits} if kind == "hub" else {}
+    features = next(iter(remote.values())).features if remote else _features(kind, next(iter(files.values())), section)
     if features is None:
         raise DataError(f"data: {section.path} does not say which columns it has; it cannot be streamed")
     image, label = column_names(features, section)
-    classes = class_names(features[label])
-    labels = {split: _labels(kind, files[split], label, place_of(section, split)) for split in present if suffix}
+    labels = {split: _labels(kind, paths, label, place_of(section, split)) for split, paths in files.items()}
+    notes: list[str] = []
+    classes = _classes(features[label], labels, section.path, notes)
     for split, values in labels.items():
         check_range(values, classes, place_of(section, split))
-    notes = []
-    if classes is None:
-        if not labels:
-            raise DataError(f"data: {section.path} does not name its classes; it cannot be streamed")
-        highest = max(int(values.max(initial=-1)) for values in labels.values())
-        classes = tuple(str(number) for number in range(highest + 1))
-        notes.append(f"{section.path}: no class names; labels run from 0 to {highest}")
-    streams: dict[Split, StreamedExamples | None] = {}
-    for split in splits:
-        if split not in present:
-            streams[split] = None
-            continue
-        limit = limits[split]
-        if split == "train" and split in labels:
-            check_classes(labels[split][:limit], classes, place_of(section, split))
-        table = _encoded(rows(split).select_columns([image, label]), image)
-        counts = [count for count in (len(labels[split]) if split in labels else None, limit) if count is not None]
-        streams[split] = StreamedExamples(
+    if "train" in splits and "train" in labels:
+        check_classes(labels["train"][: section.limit], classes, place_of(section, "train"))
+
+    def stream(split: Split) -> StreamedExamples | None:
+        if split not in files and split not in remote:
+            return None
+        rows = _encoded(remote[split], image, label) if remote else _rows(kind, files[split], image, label, section)
+        limit = section.limit if split == "train" else section.validation_limit
+        counts = [count for count in (len(labels[split]) if labels else None, limit) if count is not None]
+        return StreamedExamples(
             place_of(section, split),
-            table if limit is None else table.take(limit),
+            rows if limit is None else rows.take(limit),
             image,
             label,
             channels,
             len(classes),
-            min(counts) if counts else None,
+            min(counts, default=None),
             section.shuffle_buffer,
         )
-    return OpenedStream(classes, streams, notes)
+
+    return OpenedStream(classes, {split: stream(split) for split in splits}, notes)
 
 
-def _named_files(section: DataSection, suffix: str, splits: Sequence[Split]) -> dict[Split, list[Path]]:
-    files = split_files(section.path, suffix, section.train, section.validation)
+def _classes(feature: Any, labels: Mapping[Split, np.ndarray], path: str, notes: list[str]) -> tuple[str, ...]:
+    """Names from the metadata, else numbers up to the highest label."""
+    names = class_names(feature)
+    if names is not None:
+        return names
+    if not labels:
+        raise DataError(f"data: {path} does not name its classes; it cannot be streamed")
+    highest = max(int(values.max(initial=-1)) for values in labels.values())
+    notes.append(f"{path}: no class names; labels run from 0 to {highest}")
+    return tuple(str(number) for number in range(highest + 1))
+
+
+def _named_files(section: DataSection, kind: Kind, splits: Sequence[Split]) -> dict[Split, list[Path]]:
+    files = split_files(section.path, SUFFIXES[kind], section.train, section.validation)
     if files.held_out and "validation" in splits:
         raise DataError(
             f"data: nothing in {section.path} is named for validation, and nothing is held out of a stream; "
             "name files with data.validation"
         )
     named: dict[Split, list[Path]] = {"train": files.train, "validation": [] if files.held_out else files.validation}
-    return {split: paths for split, paths in named.items() if paths}
+    found: dict[Split, list[Path]] = {}
+    for split, paths in named.items():
+        if paths:
+            found[split] = with_rows(paths) if kind == "parquet" else paths
+            if not found[split]:
+                raise DataError(f"data: there is no example in {place_of(section, split)}: its tables have no rows")
+    return found
 
 
-def _encoded(rows: Any, image: str) -> Any:
-    """Rows whose images stay bytes."""
+def _features(kind: Kind, files: Sequence[Path], section: DataSection) -> Any:
+    """Names and types of the columns, in the terms of ``datasets``."""
+    if kind == "webdataset":
+        return _shards(files, section).features
+    import datasets
+    import pyarrow.parquet as pq
+
+    return datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+
+
+def _rows(kind: Kind, files: Sequence[Path], image: str, label: str, section: DataSection) -> Any:
+    if kind == "webdataset":
+        return _encoded(_shards(files, section), image, label)
     import datasets
 
+    # the packaged reader of Parquet streams sleeps for seconds at the end of every pass, for the sake of remote files
+    options = {"files": [str(file) for file in files], "columns": (image, label)}
+    return datasets.IterableDataset.from_generator(_parquet_rows, gen_kwargs=options)
+
+
+def _parquet_rows(files: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    for file in files:
+        with pq.ParquetFile(file) as table:
+            for rows in table.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+                yield from rows.to_pylist()
+
+
+def _shards(files: Sequence[Path], section: DataSection) -> Any:
+    paths = {"data": [str(file) for file in files]}
+    return load("webdataset", section.path, data_files=paths, split="data", streaming=True)
+
+
+def _encoded(rows: Any, image: str, label: str) -> Any:
+    """Rows of two columns whose images stay bytes."""
+    import datasets
+
+    rows = rows.select_columns([image, label])
     if isinstance(rows.features[image], datasets.Image):
         return rows.cast_column(image, datasets.Image(decode=False))
     return rows
