@@ -204,6 +204,27 @@ def test_no_progress_bar_and_a_quiet_log(tmp_path: Path, capfd: pytest.CaptureFi
     assert shown == (not datasets.are_progress_bars_disabled())
 
 
+def test_colour_images_for_one_channel_are_turned_to_grey_with_a_note(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "colour" / "train.parquet", [0, 1], [0, 1])
+    (tmp_path / "grey").mkdir()
+    table = pq.read_table(tmp_path / "colour" / "train.parquet").to_pydict()
+    for row in table["image"]:
+        file = io.BytesIO()
+        Image.open(io.BytesIO(row["bytes"])).convert("L").save(file, "PNG")
+        row["bytes"] = file.getvalue()
+    pq.write_table(pa.table(table), tmp_path / "grey" / "train.parquet")
+    noted = {}
+    for name in ("colour", "grey"):
+        data = open_data(DataSection(path=str(tmp_path / name), validation="train"), channels=1)
+        assert data.channels == data.train.channels == 1
+        expected_image = Image.fromarray(pixels(0)).convert("L")
+        assert data.train.load(0).tobytes() == expected_image.tobytes()
+        noted[name] = any("turned to grey" in note for note in data.notes)
+    assert noted == {"colour": True, "grey": False}
+    with pytest.raises(DataError, match=r"expected 1 .grey. or 3"):
+        open_data(DataSection(), channels=4)
+
+
 MODES = ["1", "L", "LA", "P", "RGBA", "CMYK", "RGB", "YCbCr"]
 
 

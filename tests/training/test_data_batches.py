@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pickle
 import signal
 import tarfile
 import warnings
@@ -29,6 +30,7 @@ from normfree.training.data import (
     open_data,
     workers_for,
 )
+from normfree.training.data.reader import BatchReader
 from normfree.training.image_config import ImageConfig
 from normfree.training.recipe import AugmentationSection, DataSection
 
@@ -298,3 +300,11 @@ def test_how_many_workers(tmp_path: Path) -> None:
     assert workers_for("auto", fresh) >= 1
     assert workers_for("auto", fresh, world_size=10_000) == 1
     assert workers_for(3, kept) == 3
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_workers_need_travels_to_processes_that_are_not_forked(tmp_path: Path, source: dict) -> None:
+    examples = opened(tmp_path, **source).train
+    request = next(TrainingBatches(examples, RANDOM, batch_size=4, seed=0)._requests(0, 0))
+    reader = BatchReader(examples, RANDOM)
+    assert same([pickle.loads(pickle.dumps(reader))[pickle.loads(pickle.dumps(request))]], [reader[request]])

@@ -75,7 +75,8 @@ class TrainingTransform:
             return images
         padding, size = self.section.crop_padding, self.size
         places = (drawn[:, [_Y, _X]] * (2 * padding + 1)).astype(int)
-        padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        padded = np.zeros((len(images), size + 2 * padding, size + 2 * padding, images.shape[3]), np.uint8)
+        padded[:, padding:-padding, padding:-padding] = images
         cropped = np.empty_like(images)
         for number, (y, x) in enumerate(places.tolist()):
             cropped[number] = padded[number, y : y + size, x : x + size]

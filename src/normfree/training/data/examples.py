@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .decode import decode_image, header_size
+from .decode import decode_image, header_size, is_grey
 from .errors import UnreadableImage
 
 KEPT_BYTES = 512 * 2**20
@@ -206,6 +206,13 @@ def sample_images(examples: Examples, count: int) -> list[Image.Image]:
         except UnreadableImage:
             continue
     return images
+
+
+def has_colour(examples: Examples) -> bool:
+    """Whether one of up to 256 encoded images, evenly spread over the examples, is in colour by its header."""
+    if not isinstance(examples, EncodedExamples):
+        return False
+    return not all(is_grey(_content(examples, index)) for index in spread(len(examples), _SAMPLED_HEADERS))
 
 
 def sample_sizes(examples: Examples) -> list[tuple[int, int]]:

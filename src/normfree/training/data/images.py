@@ -13,7 +13,7 @@ from ..recipe import DataSection
 from .columns import open_columns
 from .digits import digits
 from .errors import DataError
-from .examples import Examples, keep_decoded, spread
+from .examples import Examples, has_colour, keep_decoded, spread
 from .folder import open_folder
 from .labels import check_classes, check_range
 from .locate import Kind, kind_of
@@ -80,13 +80,16 @@ def open_data(
     found: dict[Split, Examples] = {}
     for wanted in splits:
         examples = _checked(split(wanted), wanted, opened, section.path)
-        found[wanted] = keep_decoded(examples, section.keep_decoded)
+        found[wanted] = examples
     notes = list(opened.notes)
     if section.holdout is not None:
         notes.append(f"{section.path}: {section.holdout} training examples, evenly spread, are held out for validation")
+    if channels == 1 and any(has_colour(examples) for examples in found.values()):
+        notes.append(f"{section.path}: colour images are turned to grey, for a network with one input channel")
+    kept = {wanted: keep_decoded(examples, section.keep_decoded) for wanted, examples in found.items()}
     return ImageData(
-        found.get("train"),
-        found.get("validation"),
+        kept.get("train"),
+        kept.get("validation"),
         opened.classes,
         channels,
         tuple(notes),
