@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .grid import Array
 from .rules import Call, NoRule, broadcast, rules
+from .spread import together
 from .state import _WEIGHTS, State, elementwise, from_values, sum_shape
 
 
@@ -223,7 +224,10 @@ def added(first: State, second: State, alpha: float = 1.0) -> State:
     else:
         near, far = first.near, first.far
     shape = sum_shape(first, scaled)
-    return State(first.grid, first.mean + scaled.mean, cross, within, np.asarray(near), float(far), shape, parts)
+    spread = together([(state.average_variance, state.spread) for state in (first, scaled)])
+    return State(
+        first.grid, first.mean + scaled.mean, cross, within, np.asarray(near), float(far), shape, parts, spread=spread
+    )
 
 
 def multiplied(first: State, second: State) -> State:
@@ -251,6 +255,7 @@ def multiplied(first: State, second: State) -> State:
         excess(first.near, second.near),
         float(excess(first.far, second.far)),
         lead.standardised(),
+        spread=lead.spread,
     )
 
 

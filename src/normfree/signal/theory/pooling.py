@@ -11,6 +11,7 @@ import numpy as np
 from .grid import Array, Grid, Window
 from .linear import _near_many, window_of
 from .rules import Call, NoRule, regrid, rules
+from .spread import Spread, at_offsets, averaged_over
 from .state import _HERMITE, _NODES, _WEIGHTS, State, delta, offsets_of, standardise, weighted_quantiles, window_shape
 
 # ---------------------------------------------------------------- averages
@@ -41,7 +42,23 @@ def averaged(state: State, window: Window, count_padding: bool) -> State:
     ]
     far = state.far * float(window.taps) ** 2 / max(level, 1e-300)
     shape = state.standardised() if window.taps == 1 else None
-    return State(target, mean, cross, within, np.array(near).reshape(window_shape(target)), float(far), shape)
+    shaped = np.array(near).reshape(window_shape(target))
+    before, after = state.average_variance, float(target.share @ (np.diagonal(cross) + within))
+    spread = None
+    if state.spread is not None and before > 0.0 and after > 0.0:
+        offsets, counts, shifts = _offsets_between(window)
+        spread = averaged_over(state.spread, counts, offsets, shifts, window.taps, after / before)
+        spread = spread.laid_out(shaped.shape)
+    return State(target, mean, cross, within, shaped, float(far), shape, spread=spread)
+
+
+@lru_cache(maxsize=256)
+def _offsets_between(window: Window) -> tuple[Array, Array, Array]:
+    """How far apart a window's positions are, how many pairs are, and how far apart windows are, in input pixels."""
+    steps = np.array(window.offsets)
+    difference = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
+    offsets, counts = np.unique(difference, axis=0, return_counts=True)
+    return offsets, counts, np.array(offsets_of(Grid(window.outputs))) * np.array(window.stride)
 
 
 def global_average(state: State) -> State:
@@ -166,7 +183,36 @@ def maximum(state: State, window: Window) -> State:
     within = np.maximum(variance - common, 0.0)
     near, far = _overlap(state, window, target, variance, common, pairs, correlation)
     shape = standardise(target.share @ np.array(shapes))
-    return State(target, mean, cross, within, near, far, shape)
+    inside = curves[int(np.argmax(target.share))]
+    spread = _spread_of_maximum(state, window, inside, correlation, near.shape)
+    return State(target, mean, cross, within, near, far, shape, spread=spread)
+
+
+def _spread_of_maximum(
+    state: State, window: Window, curve: Array, correlation: float, shape: tuple[int, ...]
+) -> Spread | None:
+    """The scatter of kernels behind a maximum, and the part of it that all channels have in common.
+
+    The mean of the largest of a window follows the average of v̂ over the window, by ∂m/∂ln v, and the correlations
+    between its positions that the input at hand happens to have, by the slope that :func:`_scattered_mean` uses. Each
+    of the n positions is the largest with probability 1/n: to first order K̂' is the mean of K̂ over pairs of them.
+    """
+    if state.spread is None:
+        return None
+    offsets, counts, shifts = _offsets_between(window)
+    step = 0.02
+    mean, variance = _largest(curve, window.taps, correlation)[:2]
+    wider = [_largest(curve, window.taps, correlation, 1.0 + sign * step) for sign in (-1.0, 1.0)]
+    # ln v changes by twice the relative stretch of the latent
+    steeper = (wider[1][0] - wider[0][0]) / (4.0 * step)
+    response = (wider[1][1] - wider[0][1]) / (4.0 * step) / max(variance, 1e-30)
+    level = variance / max(state.average_variance, 1e-30)
+    norms = (at_offsets(state.spread.norms, offsets[None] + shifts[:, None]) * counts).sum(axis=1) / window.taps**2
+    smooth = _scattered_mean(state, window, curve)
+    alike = norms / max(float(norms.max(initial=0.0)), 1e-30)
+    common = (steeper**2 * norms + smooth * alike**2) / max(variance, 1e-30)
+    pairs = averaged_over(state.spread, counts, offsets, shifts, window.taps, level).pairs
+    return Spread(pairs, response**2 * norms, common).laid_out(shape)
 
 
 def _scattered_mean(state: State, window: Window, curve: Array) -> float:
@@ -221,15 +267,20 @@ def _top(count: int) -> Array:
     return ndtri_exp(log_ndtr(_NODES) / count)
 
 
-def _largest(curve: Array, n: int, correlation: float) -> tuple[float, float, Array, Array]:
-    """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n."""
+def _largest(
+    curve: Array, n: int, correlation: float, stretch: float = 1.0
+) -> tuple[float, float, Array, Array]:
+    """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n.
+
+    ``stretch`` multiplies the latents.
+    """
     top = _top(n)
     if correlation < 1e-9:
-        values = np.interp(top, _NODES, curve)
+        values = np.interp(stretch * top, _NODES, curve)
         average = float(_WEIGHTS @ values)
         return average, float(_WEIGHTS @ (values - average) ** 2), np.full(len(_NODES), average), values
     z = np.sqrt(correlation) * _NODES[:, None] + np.sqrt(1.0 - correlation) * top[None, :]
-    values = np.interp(z, _NODES, curve)
+    values = np.interp(stretch * z, _NODES, curve)
     conditional = values @ _WEIGHTS
     average = float(_WEIGHTS @ conditional)
     variance = float(_WEIGHTS @ ((values - average) ** 2 @ _WEIGHTS))
