@@ -108,15 +108,26 @@ def _common_part(state: State, window: Window, weight: WeightMoments) -> Array:
 def read(state: State, window: Window, weight: WeightMoments) -> Spread | None:
     """The scatter of the kernels that a layer makes of C channels through T taps (see :mod:`.spread`).
 
-    Independent channels add to what the input brings Cov(s, s + d)² / C to Q, the product of two sites' covariances,
-    and Cov_c[x_c(s)², x_c(s + d)²] / C to R. The taps average both: Q'(d) = Σ_tt' a_t a_t' Q(d + t' − t), with
-    a_t = A_tt / Σ A.
+    Independent channels add to what the input brings (:meth:`.State.sampling`). The taps average: Q'(d) =
+    Σ_tt' a_t a_t' Q(d + t' − t), with a_t = A_tt / Σ A. Of the mean over channels a share Σ B / Σ A of its square is
+    passed on, none of it by rows that sum to zero, and what scatters is x − m + √share · m: a site's own mean over
+    channels, whose variance is ``common``, goes along with it.
     """
     total = float(weight.taps.sum())
     if not weight.channels or total <= 0.0 or len(window.outputs) != len(state.near.shape):
         return None
-    brought = state.spread or nothing(state.near.shape)
-    pairs, norms = state.sampling()
+    before = state.spread or nothing(state.near.shape)
+    passed = float(np.clip(weight.sums.sum() / total, 0.0, 1.0))
+    mean = float(state.grid.share @ state.mean) * math.sqrt(passed)
+    level = state.average_variance
+    if not level > 0.0:
+        return None
+    part = level / (level + mean**2)
+    pairs, norms = state.sampling(mean)
+    common = np.maximum(before.common, 0.0) * part * (1.0 - part)
+    brought_pairs = part**2 * before.pairs + 2.0 * common
+    brought_norms = part**2 * before.norms + 4.0 * common
+    brought_norms = brought_norms + 4.0 * part * np.sqrt(np.maximum(before.norms, 0.0) * common)
     channels, groups = weight.channels, weight.groups
     share = weight.taps / total
     shape = window_shape(Grid(window.outputs))
@@ -135,8 +146,8 @@ def read(state: State, window: Window, weight: WeightMoments) -> Spread | None:
     own = middle(sampled) * (1.0 - 1.0 / groups)
     own += 0.5 * weight.norm_scatter - float(share @ share) / channels
     return Spread(
-        through(brought.pairs) + sampled / groups,
-        through(brought.norms + norms / (channels * groups)),
+        through(brought_pairs) + sampled / groups,
+        through(brought_norms + norms / (channels * groups)),
         np.zeros(shape),
         own,
     )

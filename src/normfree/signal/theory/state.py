@@ -245,27 +245,36 @@ class State:
         values = self.grid.share @ self.values
         return weighted_quantiles(values, _WEIGHTS)
 
-    def sampling(self) -> tuple[Array, Array]:
-        """What C independent channels add to C times the scatter of kernels, by offset: to Q and to R.
+    def sampling(self, shift: float = 0.0) -> tuple[Array, Array]:
+        """What C independent channels add to C times the scatter of the kernels of x − m + shift, by offset.
 
-        The covariance over channels of x(s) x(s') and x(s + d) x(s' + d) for two unrelated sites is the square of
-        the correlation at distance d; that of x(s)² and x(s + d)² follows from Mehler's formula, and is twice the
-        square of the correlation for a Gaussian.
+        With V and c(d) the variance and the correlation, and u = V + shift², the covariance over channels of
+        x(s) x(s') and x(s + d) x(s' + d) for two unrelated sites is V² c² + 2 shift² V c, relative to u² what is
+        added to Q. That of x(s)² and x(s + d)², for R, follows from Mehler's formula, and is 2 V² c² + 4 shift² V c
+        for a Gaussian. What unrelated sites share of it is one number for all of them, another network's another, and
+        is taken out of R.
         """
         common, own = self._split()
-        pairs = (common + own * self.near) ** 2
+        level = self.average_variance
+        part = level / max(level + shift**2, _TINY)
+
+        def gaussian(correlation: Array) -> Array:
+            return part**2 * correlation**2 + 2.0 * part * (1.0 - part) * correlation
+
+        pairs = gaussian(common + own * self.near)
         if self.shape is None and self._values is None:
-            return pairs, 2.0 * pairs
+            return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
         values = self.standardised() if self._values is None else self.grid.share @ self._values
         values = values - _WEIGHTS @ values
-        level = float(_WEIGHTS @ values**2)
-        if not level > 0.0:
-            return pairs, 2.0 * pairs
-        squares = values**2 / level
+        second = float(_WEIGHTS @ values**2)
+        if not second > 0.0:
+            return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
+        squares = (values * math.sqrt(part / second) + math.sqrt(1.0 - part)) ** 2
         terms = (squares @ _HERMITE) ** 2
-        variance = float(_WEIGHTS @ (squares - 1.0) ** 2)
         terms[0] = 0.0
-        return pairs, _series(terms, max(variance - float(terms.sum()), 0.0), self.latent.near)
+        tail, share = max(float(_WEIGHTS @ (squares - 1.0) ** 2) - float(terms.sum()), 0.0), self.grid.share
+        unrelated = _series(terms, tail, np.clip(share @ self.latent.cross @ share, -1.0, 1.0))
+        return pairs, _series(terms, tail, self.latent.near) - unrelated
 
     # ---------------------------------------------------------------- elementwise
 
