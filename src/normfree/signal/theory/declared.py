@@ -21,8 +21,8 @@ def without_weights() -> Iterator[None]:
     """What is built inside has no weights in memory: they are on the ``meta`` device, like all tensors of more than
     4096 elements.
 
-    Biases, gains and scalars, which extend along one axis at most, are real. How a weight is initialised is noted, so that
-    :func:`normfree.predict_spp` knows its mean and variance::
+    Biases, gains and scalars, which extend along one axis at most, are real. How a weight is initialised is noted, so
+    that :func:`normfree.predict_spp` knows its mean and variance::
 
         with nf.without_weights():
             model = nf.create_model("nf_resnet600")

@@ -201,7 +201,7 @@ def _spread_of_maximum(
         return None
     offsets, counts, shifts = _offsets_between(window)
     step = 0.02
-    mean, variance = _largest(curve, window.taps, correlation)[:2]
+    variance = _largest(curve, window.taps, correlation)[1]
     wider = [_largest(curve, window.taps, correlation, 1.0 + sign * step) for sign in (-1.0, 1.0)]
     # ln v changes by twice the relative stretch of the latent
     steeper = (wider[1][0] - wider[0][0]) / (4.0 * step)
@@ -298,9 +298,7 @@ def _top(count: int) -> Array:
     return ndtri_exp(log_ndtr(_NODES) / count)
 
 
-def _largest(
-    curve: Array, n: int, correlation: float, stretch: float = 1.0
-) -> tuple[float, float, Array, Array]:
+def _largest(curve: Array, n: int, correlation: float, stretch: float = 1.0) -> tuple[float, float, Array, Array]:
     """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n.
 
     ``stretch`` multiplies the latents.
