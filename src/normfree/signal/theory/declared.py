@@ -48,8 +48,8 @@ class _Declaring(TorchFunctionMode):
                 return sketch
             return func(*args, **{**kwargs, "device": None})
         target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, Tensor) and target.is_meta:
-            _note(func, target, args[1:], kwargs)
+        if isinstance(target, Tensor) and target.is_meta and _note(func, target, args[1:], kwargs):
+            return target  # drawing numbers for a tensor without elements costs a second of imports
         return func(*args, **kwargs)
 
 
@@ -58,8 +58,8 @@ def _is_weight(sketch: Tensor) -> bool:
     return sketch.is_floating_point() and sum(size > 1 for size in sketch.shape) > 1
 
 
-def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Remembers what an initialiser draws from: one of ``torch.nn.init``, or a tensor's own."""
+def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Remembers what an initialiser draws from, one of ``torch.nn.init`` or a tensor's own; False for anything else."""
     name, before = getattr(func, "__name__", ""), declared_moments(target)
     moments: tuple[float, float] | None = None
     if name.startswith(("kaiming_", "xavier_")):
@@ -82,6 +82,7 @@ def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
         moments = (before[0] * args[0], before[1] * args[0] ** 2)
     if moments is not None:
         setattr(target, _MARK, moments)
+    return moments is not None
 
 
 def _scaled_variance(name: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .grid import Array, Grid, Window
+from .grid import Array, Grid, Indices, Window
 from .rules import Call, NoRule, rules
 from .spread import Spread, at_offsets, middle, nothing
 from .state import State, offsets_of, window_shape
@@ -154,13 +154,14 @@ def read(state: State, window: Window, weight: WeightMoments) -> Spread | None:
 
 
 @lru_cache(maxsize=1024)
-def _read_geometry(window: Window) -> tuple[Array, Array]:
+def _read_geometry(window: Window) -> tuple[Array, Indices]:
     """Input offsets behind every output offset and difference of taps, and which difference each pair of taps has."""
     steps = np.array(window.offsets)
     difference = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
     offsets, place = np.unique(difference, axis=0, return_inverse=True)
     shift = np.array(offsets_of(Grid(window.outputs))) * np.array(window.stride)
-    return offsets[None, :, :] + shift[:, None, :], place.reshape(-1)
+    reached: Array = (offsets[None, :, :] + shift[:, None, :]).astype(float)
+    return reached, place.reshape(-1)
 
 
 def _scatter(target: Grid, window: Window, channels: int) -> Array | None:

@@ -7,9 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .grid import Array, Grid, Window
+from .grid import Array, Grid, Indices, Window
 from .linear import _near_many, window_of
+from .normal import log_ndtr, ndtri_exp
 from .rules import Call, NoRule, regrid, rules
 from .spread import Spread, at_offsets, averaged_over
 from .state import _HERMITE, _NODES, _WEIGHTS, State, delta, offsets_of, standardise, weighted_quantiles, window_shape
@@ -58,7 +60,8 @@ def _offsets_between(window: Window) -> tuple[Array, Array, Array]:
     steps = np.array(window.offsets)
     difference = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
     offsets, counts = np.unique(difference, axis=0, return_counts=True)
-    return offsets, counts, np.array(offsets_of(Grid(window.outputs))) * np.array(window.stride)
+    shifts = np.array(offsets_of(Grid(window.outputs)), float) * np.array(window.stride)
+    return offsets.astype(float), counts.astype(float), shifts
 
 
 def global_average(state: State) -> State:
@@ -240,14 +243,12 @@ def _scattered_mean(state: State, window: Window, curve: Array) -> float:
     return variance * slope**2
 
 
-def _as_if_alike(values: Array, table: Array, valid: Array) -> Array:
+def _as_if_alike(values: Array, table: Indices, valid: NDArray[np.bool_]) -> Array:
     """(output cells, nodes): the distribution of which the largest of a window is that of its n own ones.
 
     Independent values with distribution functions F_i have a largest with Π F_i, which is F^n for their geometric
     mean F: near an edge, where zero padding takes variance away, positions differ.
     """
-    from scipy.special import log_ndtr, ndtri_exp
-
     curves = np.empty((len(table), values.shape[1]))
     seen: dict[bytes, Array] = {}
     for cell, (row, inside) in enumerate(zip(table, valid, strict=True)):
@@ -293,8 +294,6 @@ def _latent_levels(state: State, difference: Array) -> tuple[float, float]:
 @lru_cache(maxsize=256)
 def _top(count: int) -> Array:
     """The latent's quantiles of the largest of so many independent ones: Φ(top)^count = Φ(node)."""
-    from scipy.special import log_ndtr, ndtri_exp
-
     return ndtri_exp(log_ndtr(_NODES) / count)
 
 

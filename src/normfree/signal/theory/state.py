@@ -33,6 +33,7 @@ from functools import cached_property
 import numpy as np
 
 from .grid import Array, Grid
+from .normal import ndtr
 from .spread import FOURTH, Spread, middle
 
 _NODES = np.linspace(-7.5, 7.5, 241)
@@ -460,8 +461,6 @@ def standardise(values: Array) -> Array | None:
 
 def weighted_quantiles(values: Array, weights: Array) -> Array:
     """(nodes,): the quantiles of a weighted sample at the normal distribution's levels of the nodes."""
-    from scipy.special import ndtr
-
     order = np.argsort(values, kind="stable")
     level = np.cumsum(weights[order]) - 0.5 * weights[order]
     return np.interp(ndtr(_NODES), level, values[order])
