@@ -43,6 +43,11 @@ def test_residual_networks(name):
     compare(lambda: nf.create_model(name), (16, 3, 64, 64), 4, 0.045)
 
 
+def test_small_squared_means_of_a_normaliser_free_network():
+    # nothing but the scatter of narrow layers' kernels leaves channel means of a few parts per thousand
+    compare(lambda: nf.create_model("nf_resnet26"), (32, 3, 96, 96), 6, 0.03, 0.15, 1e-3)
+
+
 def test_squared_means_of_a_mean_shifted_network():
     compare(lambda: nf.create_model("resnetv2_26"), (16, 3, 64, 64), 2, 0.04, 0.1)
 
@@ -114,7 +119,7 @@ def test_skip_gain_zero_shows_the_residual_before_it():
     assert zero.points[2].avg_channel_variance == pytest.approx(zero.points[1].avg_channel_variance, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("nf_resnet26", 0.2), ("resnetv2_26", 0.3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("nf_resnet26", 0.08), ("resnetv2_26", 0.3)])
 def test_gradients(name, tolerance):
     torch.manual_seed(0)
     model = nf.create_model(name)

@@ -47,6 +47,8 @@ def test_the_option_of_create_model():
     assert worst_block_input(model, torch.randn(64, 3, 32, 32))[0] < 0.1
     with pytest.raises(ValueError, match="calibrated_for"):
         nf.create_model("nf_resnet26", calibrated_for=(32,))
+    with pytest.raises(ValueError, match=r"calibrated_for: resnetv2_26 has BatchNorm \(stages\.0\.0"):
+        nf.create_model("resnetv2_26", calibrated_for=(32, 32))
 
 
 def test_streamed_batches_agree_with_one():

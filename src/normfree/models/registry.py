@@ -105,7 +105,8 @@ def create_model(
         name: one of :func:`list_models`.
         num_classes: outputs of the classifier; 0 leaves the pooled features as the output.
         calibrated_for: (height, width) of the images that the network is for: gains then make up for what zero padding
-            and pooling take from the signal at that size, by theory (:func:`normfree.calibrate`).
+            and pooling take from the signal at that size, by theory (:func:`normfree.calibrate`). Not for networks
+            with BatchNorm, which divides gains out.
         options: what the family takes, of
 
             * ``in_channels`` (3), ``width`` (1.0: multiplies every channel count of the table),
@@ -151,6 +152,14 @@ def _calibrated(model: ResidualNetwork, size: tuple[int, int]) -> ResidualNetwor
 
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"calibrated_for: expected (height, width) of positive whole numbers, got {size!r}")
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norm = next((path for path, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
+    if norm is not None:
+        raise ValueError(
+            f"calibrated_for: {model.info.name} has BatchNorm ({norm}), which divides out any gain in front of it; "
+            "leave it out, or take a normaliser-free network"
+        )
     channels = int(model.info.options.get("in_channels", 3))
     try:
         calibrated = calibrate(model, input_shape=(channels, *size), method="theory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -233,7 +234,7 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
     try:
         with (
             torch.random.fork_rng(devices=_cuda_devices(model)),
-            torch.compiler.set_stance("force_eager"),
+            _uncompiled(),
         ):
             yield
     finally:
@@ -246,6 +247,14 @@ def _undisturbed(model: nn.Module, norm_statistics: NormStatistics) -> Iterator[
             if buffer is not None and value is not None and not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Compiled modules run as they were written; where nothing is compiled, the compiler need not be imported."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Trace(TorchDispatchMode):
         self, model: nn.Module, channel_axis: int | None = None, layers: bool = False, gradients: bool = False
     ):
         super().__init__()
+        _keep_from_compiler()
         self.result = TraceResult()
         self._model = model
         self._channel_axis = channel_axis
@@ -220,6 +222,10 @@ class Trace(TorchDispatchMode):
             return self._moments(unscaled, self._axis(unscaled, node))
 
     # ---------------------------------------------------------------- operations
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see _keep_from_compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -568,6 +574,18 @@ class Trace(TorchDispatchMode):
         self._open.clear()
         self._attach_gradient_hooks()
         self._tensors.clear()
+
+
+def _keep_from_compiler() -> None:
+    """Keeps :mod:`torch.compile` from compiling the watching itself, where it is in use.
+
+    A mode does so by default, at the price of importing the compiler, which takes a second.
+    """
+    if "torch._dynamo" in sys.modules and Trace.__torch_dispatch__ is _watch:
+        Trace.__torch_dispatch__ = torch._disable_dynamo(_watch, recursive=True)  # type: ignore[method-assign]
+
+
+_watch = Trace.__torch_dispatch__
 
 
 def _size(shape: tuple[int, ...], channels: int) -> tuple[int, int]:

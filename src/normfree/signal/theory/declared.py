@@ -1,4 +1,4 @@
-"""Models without weights: big tensors are never made, and what they would have been drawn from is remembered."""
+"""Models without weights: they are never made, and what they would have been drawn from is remembered."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _MARK = "_declared_moments"
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """What is built inside has no weights in memory: tensors of more than 4096 elements are on the ``meta`` device.
+    """What is built inside has no weights in memory: they are on the ``meta`` device, like all tensors of more than
+    4096 elements.
 
-    Biases, gains and scalars are real. How a weight is initialised is noted, so that
-    :func:`normfree.predict_spp` knows its mean and variance::
+    Biases, gains and scalars, which extend along one axis at most, are real. How a weight is initialised is noted, so
+    that :func:`normfree.predict_spp` knows its mean and variance::
 
         with nf.without_weights():
             model = nf.create_model("nf_resnet600")
@@ -43,17 +44,22 @@ class _Declaring(TorchFunctionMode):
         if func in _device_constructors() and (asked is None or torch.device(asked).type == "meta"):
             # a layer's gain is made on the device of its weight
             sketch = func(*args, **{**kwargs, "device": "meta"}) if func is not torch.tensor else None
-            if sketch is not None and sketch.numel() > _LARGEST_REAL:
+            if sketch is not None and (sketch.numel() > _LARGEST_REAL or _is_weight(sketch)):
                 return sketch
             return func(*args, **{**kwargs, "device": None})
         target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, Tensor) and target.is_meta:
-            _note(func, target, args[1:], kwargs)
+        if isinstance(target, Tensor) and target.is_meta and _note(func, target, args[1:], kwargs):
+            return target  # drawing numbers for a tensor without elements costs a second of imports
         return func(*args, **kwargs)
 
 
-def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Remembers what an initialiser draws from: one of ``torch.nn.init``, or a tensor's own."""
+def _is_weight(sketch: Tensor) -> bool:
+    """A small matrix or kernel is a sample, too: a prediction from it would be that of one seed."""
+    return sketch.is_floating_point() and sum(size > 1 for size in sketch.shape) > 1
+
+
+def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Remembers what an initialiser draws from, one of ``torch.nn.init`` or a tensor's own; False for anything else."""
     name, before = getattr(func, "__name__", ""), declared_moments(target)
     moments: tuple[float, float] | None = None
     if name.startswith(("kaiming_", "xavier_")):
@@ -76,6 +82,7 @@ def _note(func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
         moments = (before[0] * args[0], before[1] * args[0] ** 2)
     if moments is not None:
         setattr(target, _MARK, moments)
+    return moments is not None
 
 
 def _scaled_variance(name: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

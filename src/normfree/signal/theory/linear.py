@@ -6,13 +6,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from .grid import Array, Grid, Window
+from .grid import Array, Grid, Indices, Window
 from .rules import Call, NoRule, rules
+from .spread import Spread, at_offsets, middle, nothing
 from .state import State, offsets_of, window_shape
 from .weights import WeightMoments, of_declared, of_tensor
 
@@ -60,6 +62,8 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         near, far, gain = _mixed_near(state, target, window, weight.pairs)
         within = within_in @ taps * (gain / max(float(taps.sum()), 1e-300))
     cross += mean_in @ weight.sums @ mean_in.T - np.outer(mean, mean)
+    if state.spread is not None and state.spread.common.any():
+        within = within + _common_part(state, window, weight)
     scatter = _scatter(target, window, weight.channels)
     valid = coverage @ taps
     result = State(
@@ -70,6 +74,7 @@ def through_window(state: State, window: Window, weight: WeightMoments) -> tuple
         near,
         far,
         scatter=scatter,
+        spread=read(state, window, weight),
     )
     return result, float(target.share @ valid)
 
@@ -81,7 +86,82 @@ def _pointwise(state: State, weight: WeightMoments) -> tuple[State, float]:
     if state.mean.any():
         cross += sums * np.outer(state.mean, state.mean) - np.outer(mean, mean)
     within = square * state.within
-    return State(state.grid, mean + weight.bias_mean, cross, within, state.near, state.far), square
+    if state.spread is not None:
+        removed = (square - sums) * middle(state.spread.common) * state.average_variance
+        within = np.maximum(within - removed, 0.0)
+    window = Window(*(state.grid.sizes,) * 2, *((1,) * len(state.grid.sizes),) * 3, (0,) * len(state.grid.sizes))
+    spread = read(state, window, weight)
+    return State(state.grid, mean + weight.bias_mean, cross, within, state.near, state.far, spread=spread), square
+
+
+def _common_part(state: State, window: Window, weight: WeightMoments) -> Array:
+    """(output cells,): what the common part of all channels adds to W' through B in place of A."""
+    assert state.spread is not None
+    steps = np.array(window.offsets)
+    between = at_offsets(state.spread.common, steps[None, :, :] - steps[:, None, :])
+    own = np.diag(weight.pairs) if weight.pairs.ndim == 1 else weight.pairs
+    difference = (weight.sums - own) * between * state.average_variance
+    coverage = window.coverage
+    return ((coverage @ difference) * coverage).sum(axis=1)
+
+
+def read(state: State, window: Window, weight: WeightMoments) -> Spread | None:
+    """The scatter of the kernels that a layer makes of C channels through T taps (see :mod:`.spread`).
+
+    Independent channels add to what the input brings (:meth:`.State.sampling`). The taps average: Q'(d) =
+    Σ_tt' a_t a_t' Q(d + t' − t), with a_t = A_tt / Σ A. Of the mean over channels a share Σ B / Σ A of its square is
+    passed on, none of it by rows that sum to zero, and what scatters is x − m + √share · m: a site's own mean over
+    channels, whose variance is ``common``, goes along with it.
+    """
+    total = float(weight.taps.sum())
+    if not weight.channels or total <= 0.0 or len(window.outputs) != len(state.near.shape):
+        return None
+    before = state.spread or nothing(state.near.shape)
+    passed = float(np.clip(weight.sums.sum() / total, 0.0, 1.0))
+    mean = float(state.grid.share @ state.mean) * math.sqrt(passed)
+    level = state.average_variance
+    if not level > 0.0:
+        return None
+    part = level / (level + mean**2)
+    pairs, norms = state.sampling(mean)
+    common = np.maximum(before.common, 0.0) * part * (1.0 - part)
+    brought_pairs = part**2 * before.pairs + 2.0 * common
+    brought_norms = part**2 * before.norms + 4.0 * common
+    brought_norms = brought_norms + 4.0 * part * np.sqrt(np.maximum(before.norms, 0.0) * common)
+    channels, groups = weight.channels, weight.groups
+    share = weight.taps / total
+    shape = window_shape(Grid(window.outputs))
+    if window.taps == 1 and shape == pairs.shape and all(step == 1 for step in window.stride):
+
+        def through(values: Array) -> Array:
+            return values
+    else:
+        reached, place = _read_geometry(window)
+        together = np.bincount(place, np.outer(share, share).reshape(-1))
+
+        def through(values: Array) -> Array:
+            return (at_offsets(values, reached) @ together).reshape(shape)
+
+    sampled = through(pairs / channels)
+    own = middle(sampled) * (1.0 - 1.0 / groups)
+    own += 0.5 * weight.norm_scatter - float(share @ share) / channels
+    return Spread(
+        through(brought_pairs) + sampled / groups,
+        through(brought_norms + norms / (channels * groups)),
+        np.zeros(shape),
+        own,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _read_geometry(window: Window) -> tuple[Array, Indices]:
+    """Input offsets behind every output offset and difference of taps, and which difference each pair of taps has."""
+    steps = np.array(window.offsets)
+    difference = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
+    offsets, place = np.unique(difference, axis=0, return_inverse=True)
+    shift = np.array(offsets_of(Grid(window.outputs))) * np.array(window.stride)
+    reached: Array = (offsets[None, :, :] + shift[:, None, :]).astype(float)
+    return reached, place.reshape(-1)
 
 
 def _scatter(target: Grid, window: Window, channels: int) -> Array | None:
@@ -126,7 +206,7 @@ def _near_many(state: State, offsets: Array) -> Array:
     return np.where(inside, state.near[tuple(np.moveaxis(safe, -1, 0))], state.far)
 
 
-def weight_moments(call: Call, weight: Tensor, bias: Any) -> WeightMoments:
+def weight_moments(call: Call, weight: Tensor, bias: Any, groups: int = 1) -> WeightMoments:
     """Of the weight that an operator was given: its values, or what its layer declares."""
     if call.is_activation(weight):
         raise NoRule("its weight depends on the input")
@@ -134,6 +214,7 @@ def weight_moments(call: Call, weight: Tensor, bias: Any) -> WeightMoments:
         moments = of_declared(tuple(weight.shape), call.module).scaled(call.output_scale)
     else:
         moments = of_tensor(weight)
+    moments = replace(moments, groups=groups)
     if isinstance(bias, Tensor) and not bias.is_meta:
         mean, variance = float(bias.double().mean()), float(bias.double().var(unbiased=False))
         return replace(moments, bias_mean=mean, bias_variance=variance)
@@ -154,7 +235,8 @@ def convolution(call: Call) -> State:
     window = Window(
         tuple(x.shape[2:]), tuple(call.result.shape[2:]), tuple(weight.shape[2:]), stride, dilation, padding
     )
-    result, squares = through_window(state, window, weight_moments(call, weight, bias))
+    moments = weight_moments(call, weight, bias, int(call.args[8]))
+    result, squares = through_window(state, window, moments)
     call.flow(x, squares, 1.0 / math.prod(stride))
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from .grid import Array
 from .pointwise import multiplied_by_parameter, shifted_by_parameter
 from .rules import Call, NoRule, rules
+from .spread import middle
 from .state import State
 
 _OWN = 0.8  # share of the variance that is not between channels
@@ -56,7 +58,11 @@ def batch_norm(call: Call) -> State:
     diagonal = np.maximum(np.diagonal(cross), 0.0)
     np.fill_diagonal(cross, diagonal)
     within = np.maximum(total - mean**2 - diagonal, 0.0)
-    result, second = _affine(state.with_moments(mean, cross, within, shape=_own_shape(state)), weight, bias)
+    spread = state.spread
+    if spread is not None:  # every channel has the same variance now
+        spread = replace(spread, own=-middle(spread.pairs))
+    result = state.with_moments(mean, cross, within, shape=_own_shape(state), spread=spread)
+    result, second = _affine(result, weight, bias)
     # the mean of the gradient and its component along the output go
     left = max(1.0 - 2.0 / max(call.examples * state.grid.positions, 2), 0.0)
     call.flow(x, scale * second * left, centred=True)
@@ -102,8 +108,13 @@ def layer_norm(call: Call) -> State:
         bias, eps = call.args[3], float(call.args[4])
         mean, level = np.zeros_like(state.mean), state.variance
     scale = 1.0 / np.sqrt(level + eps)
+    # what all channels of a site have in common goes, and so does the scatter of its norm
     result = state.with_moments(
-        mean * scale, state.cross * np.outer(scale, scale), state.within * scale**2, shape=state.standardised()
+        mean * scale,
+        state.cross * np.outer(scale, scale),
+        state.within * scale**2,
+        shape=state.standardised(),
+        spread=None,
     )
     result, second = _affine(result, weight, bias)
     call.flow(x, float(state.grid.share @ scale**2) * second)

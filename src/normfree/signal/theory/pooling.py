@@ -7,10 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .grid import Array, Grid, Window
+from .grid import Array, Grid, Indices, Window
 from .linear import _near_many, window_of
+from .normal import log_ndtr, ndtri_exp
 from .rules import Call, NoRule, regrid, rules
+from .spread import Spread, at_offsets, averaged_over
 from .state import _HERMITE, _NODES, _WEIGHTS, State, delta, offsets_of, standardise, weighted_quantiles, window_shape
 
 # ---------------------------------------------------------------- averages
@@ -41,7 +44,24 @@ def averaged(state: State, window: Window, count_padding: bool) -> State:
     ]
     far = state.far * float(window.taps) ** 2 / max(level, 1e-300)
     shape = state.standardised() if window.taps == 1 else None
-    return State(target, mean, cross, within, np.array(near).reshape(window_shape(target)), float(far), shape)
+    shaped = np.array(near).reshape(window_shape(target))
+    before, after = state.average_variance, float(target.share @ (np.diagonal(cross) + within))
+    spread = None
+    if state.spread is not None and before > 0.0 and after > 0.0:
+        offsets, counts, shifts = _offsets_between(window)
+        spread = averaged_over(state.spread, counts, offsets, shifts, window.taps, after / before)
+        spread = spread.laid_out(shaped.shape)
+    return State(target, mean, cross, within, shaped, float(far), shape, spread=spread)
+
+
+@lru_cache(maxsize=256)
+def _offsets_between(window: Window) -> tuple[Array, Array, Array]:
+    """How far apart a window's positions are, how many pairs are, and how far apart windows are, in input pixels."""
+    steps = np.array(window.offsets)
+    difference = (steps[None, :, :] - steps[:, None, :]).reshape(-1, steps.shape[1])
+    offsets, counts = np.unique(difference, axis=0, return_counts=True)
+    shifts = np.array(offsets_of(Grid(window.outputs)), float) * np.array(window.stride)
+    return offsets.astype(float), counts.astype(float), shifts
 
 
 def global_average(state: State) -> State:
@@ -139,7 +159,7 @@ def maximum(state: State, window: Window) -> State:
     valid = table < source.cells
     count = np.maximum(valid.sum(axis=1), 1)
     values = np.concatenate([_increasing(state), np.zeros((1, len(_NODES)))])
-    curves = (values[table] * valid[:, :, None]).sum(axis=1) / count[:, None]
+    curves = _as_if_alike(values, table, valid)
     steps = np.array(window.offsets)
     difference = steps[None, :, :] - steps[:, None, :]
     same, across = _latent_levels(state, difference)
@@ -166,7 +186,36 @@ def maximum(state: State, window: Window) -> State:
     within = np.maximum(variance - common, 0.0)
     near, far = _overlap(state, window, target, variance, common, pairs, correlation)
     shape = standardise(target.share @ np.array(shapes))
-    return State(target, mean, cross, within, near, far, shape)
+    inside = curves[int(np.argmax(target.share))]
+    spread = _spread_of_maximum(state, window, inside, correlation, near.shape)
+    return State(target, mean, cross, within, near, far, shape, spread=spread)
+
+
+def _spread_of_maximum(
+    state: State, window: Window, curve: Array, correlation: float, shape: tuple[int, ...]
+) -> Spread | None:
+    """The scatter of kernels behind a maximum, and the part of it that all channels have in common.
+
+    The mean of the largest of a window follows the average of v̂ over the window, by ∂m/∂ln v, and the correlations
+    between its positions that the input at hand happens to have, by the slope that :func:`_scattered_mean` uses. Each
+    of the n positions is the largest with probability 1/n: to first order K̂' is the mean of K̂ over pairs of them.
+    """
+    if state.spread is None:
+        return None
+    offsets, counts, shifts = _offsets_between(window)
+    step = 0.02
+    variance = _largest(curve, window.taps, correlation)[1]
+    wider = [_largest(curve, window.taps, correlation, 1.0 + sign * step) for sign in (-1.0, 1.0)]
+    # ln v changes by twice the relative stretch of the latent
+    steeper = (wider[1][0] - wider[0][0]) / (4.0 * step)
+    response = (wider[1][1] - wider[0][1]) / (4.0 * step) / max(variance, 1e-30)
+    level = variance / max(state.average_variance, 1e-30)
+    norms = (at_offsets(state.spread.norms, offsets[None] + shifts[:, None]) * counts).sum(axis=1) / window.taps**2
+    smooth = _scattered_mean(state, window, curve)
+    alike = norms / max(float(norms.max(initial=0.0)), 1e-30)
+    common = (steeper**2 * norms + smooth * alike**2) / max(variance, 1e-30)
+    pairs = averaged_over(state.spread, counts, offsets, shifts, window.taps, level).pairs
+    return Spread(pairs, response**2 * norms, common).laid_out(shape)
 
 
 def _scattered_mean(state: State, window: Window, curve: Array) -> float:
@@ -194,6 +243,35 @@ def _scattered_mean(state: State, window: Window, curve: Array) -> float:
     return variance * slope**2
 
 
+def _as_if_alike(values: Array, table: Indices, valid: NDArray[np.bool_]) -> Array:
+    """(output cells, nodes): the distribution of which the largest of a window is that of its n own ones.
+
+    Independent values with distribution functions F_i have a largest with Π F_i, which is F^n for their geometric
+    mean F: near an edge, where zero padding takes variance away, positions differ.
+    """
+    curves = np.empty((len(table), values.shape[1]))
+    seen: dict[bytes, Array] = {}
+    for cell, (row, inside) in enumerate(zip(table, valid, strict=True)):
+        kinds, counts = np.unique(row[inside], return_counts=True)
+        key = kinds.tobytes() + counts.tobytes()
+        if key not in seen:
+            members = values[kinds] if len(kinds) else np.zeros((1, values.shape[1]))
+            shares = counts / counts.sum() if len(kinds) else np.ones(1)
+            if np.ptp(members, axis=0).max() <= 1e-9 * (1.0 + np.abs(members).max()):
+                seen[key] = members[0]
+            else:
+                levels = np.sort(members.reshape(-1))
+                above = levels + 1e-9 * (1.0 + np.abs(levels))  # a plateau is below its right end
+                log_share = sum(
+                    share * log_ndtr(np.interp(above, member, _NODES))
+                    for share, member in zip(shares, members, strict=True)
+                )
+                latent = np.maximum.accumulate(ndtri_exp(np.asarray(log_share)))
+                seen[key] = np.interp(_NODES, latent, levels)
+        curves[cell] = seen[key]
+    return curves
+
+
 def _increasing(state: State) -> Array:
     values = state.values
     if (np.diff(values, axis=1) >= -1e-9).all():
@@ -216,20 +294,21 @@ def _latent_levels(state: State, difference: Array) -> tuple[float, float]:
 @lru_cache(maxsize=256)
 def _top(count: int) -> Array:
     """The latent's quantiles of the largest of so many independent ones: Φ(top)^count = Φ(node)."""
-    from scipy.special import log_ndtr, ndtri_exp
-
     return ndtri_exp(log_ndtr(_NODES) / count)
 
 
-def _largest(curve: Array, n: int, correlation: float) -> tuple[float, float, Array, Array]:
-    """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n."""
+def _largest(curve: Array, n: int, correlation: float, stretch: float = 1.0) -> tuple[float, float, Array, Array]:
+    """Mean, variance, conditional means given u at the nodes, and quantiles of the largest of n.
+
+    ``stretch`` multiplies the latents.
+    """
     top = _top(n)
     if correlation < 1e-9:
-        values = np.interp(top, _NODES, curve)
+        values = np.interp(stretch * top, _NODES, curve)
         average = float(_WEIGHTS @ values)
         return average, float(_WEIGHTS @ (values - average) ** 2), np.full(len(_NODES), average), values
     z = np.sqrt(correlation) * _NODES[:, None] + np.sqrt(1.0 - correlation) * top[None, :]
-    values = np.interp(z, _NODES, curve)
+    values = np.interp(stretch * z, _NODES, curve)
     conditional = values @ _WEIGHTS
     average = float(_WEIGHTS @ conditional)
     variance = float(_WEIGHTS @ ((values - average) ** 2 @ _WEIGHTS))

@@ -33,6 +33,8 @@ from functools import cached_property
 import numpy as np
 
 from .grid import Array, Grid
+from .normal import ndtr
+from .spread import FOURTH, Spread, middle
 
 _NODES = np.linspace(-7.5, 7.5, 241)
 _WEIGHTS = np.exp(-0.5 * _NODES**2)
@@ -65,11 +67,13 @@ class Latent:
         cross: (cells, cells), correlation of two examples.
         near: correlation of two positions of one example, by offset.
         far: the same beyond the last offset.
+        spread: scatter of its kernels in a finite width.
     """
 
     cross: Array
     near: Array
     far: float
+    spread: Spread | None = None
 
 
 @dataclass(eq=False)
@@ -88,6 +92,7 @@ class State:
         parts: which independent sources it is the sum of, and with what coefficient.
         padding: −∞ in front of and behind every axis, put there for a max-pool to come.
         simplex: entropy-like summary of attention weights: E[Σ_j a_j²] · positions; None for anything else.
+        spread: scatter of the kernels in a finite width; None for none.
     """
 
     grid: Grid
@@ -101,6 +106,7 @@ class State:
     scatter: Array | None = field(default=None, repr=False)
     padding: tuple[tuple[int, int], ...] = ()
     simplex: float | None = None
+    spread: Spread | None = field(default=None, repr=False)
     _latent: Latent | None = field(default=None, repr=False)
     _values: Array | None = field(default=None, repr=False)
 
@@ -133,6 +139,7 @@ class State:
             "far": self.far,
             "scatter": self.scatter,
             "simplex": None,
+            "spread": self.spread,
             **changes,
         }
         return State(self.grid, mean, cross, within, **options)  # type: ignore[arg-type]
@@ -216,7 +223,7 @@ class State:
             order = np.maximum.accumulate(covariance)
             cross = np.interp(cross, order, correlation)
             near, far = np.interp(near, order, correlation), float(np.interp(far, order, correlation))
-        return Latent(cross, np.clip(near, -1.0, 1.0), float(np.clip(far, -1.0, 1.0)))
+        return Latent(cross, np.clip(near, -1.0, 1.0), float(np.clip(far, -1.0, 1.0)), self.spread)
 
     def _split(self) -> tuple[float, float]:
         """Shares of the average variance that two examples have in common, and that they have not."""
@@ -238,6 +245,37 @@ class State:
     def _quantiles(self) -> Array:
         values = self.grid.share @ self.values
         return weighted_quantiles(values, _WEIGHTS)
+
+    def sampling(self, shift: float = 0.0) -> tuple[Array, Array]:
+        """What C independent channels add to C times the scatter of the kernels of x − m + shift, by offset.
+
+        With V and c(d) the variance and the correlation, and u = V + shift², the covariance over channels of
+        x(s) x(s') and x(s + d) x(s' + d) for two unrelated sites is V² c² + 2 shift² V c, relative to u² what is
+        added to Q. That of x(s)² and x(s + d)², for R, follows from Mehler's formula, and is 2 V² c² + 4 shift² V c
+        for a Gaussian. What unrelated sites share of it is one number for all of them, another network's another, and
+        is taken out of R.
+        """
+        common, own = self._split()
+        level = self.average_variance
+        part = level / max(level + shift**2, _TINY)
+
+        def gaussian(correlation: Array) -> Array:
+            return part**2 * correlation**2 + 2.0 * part * (1.0 - part) * correlation
+
+        pairs = gaussian(common + own * self.near)
+        if self.shape is None and self._values is None:
+            return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
+        values = self.standardised() if self._values is None else self.grid.share @ self._values
+        values = values - _WEIGHTS @ values
+        second = float(_WEIGHTS @ values**2)
+        if not second > 0.0:
+            return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
+        squares = (values * math.sqrt(part / second) + math.sqrt(1.0 - part)) ** 2
+        terms = (squares @ _HERMITE) ** 2
+        terms[0] = 0.0
+        tail, share = max(float(_WEIGHTS @ (squares - 1.0) ** 2) - float(terms.sum()), 0.0), self.grid.share
+        unrelated = _series(terms, tail, np.clip(share @ self.latent.cross @ share, -1.0, 1.0))
+        return pairs, _series(terms, tail, self.latent.near) - unrelated
 
     # ---------------------------------------------------------------- elementwise
 
@@ -262,6 +300,7 @@ class State:
             self.scatter,
             self.padding,
             None,
+            self.spread,
             self.latent,
             self.values * factor + shift,
         )
@@ -323,13 +362,49 @@ def from_values(base: State, values: Array, latent: Latent) -> State:
     tail_square = float(share @ tail**2)
     terms = np.concatenate([[0.0], squares])
     common = float(share @ np.diagonal(cross))
-    total = float(share @ variance)
-    own = max(total - common, _TINY)
-    near = np.asarray((_series(terms, tail_square, latent.near) - common) / own)
-    far = float((_series(terms, tail_square, np.array(latent.far)) - common) / own)
-    near[tuple(n // 2 for n in near.shape)] = 1.0  # also for the () of a pooled activation
+    same = _series(terms, tail_square, latent.near) - common
+    far = float(_series(terms, tail_square, np.array(latent.far)) - common)
+    spread = None
+    if latent.spread is not None and np.isfinite(values).all():
+        mean, variance, cross, spread = _scattered(base, values, coefficients, terms, latent, variance, cross)
+        same = same + spread.common * float(share @ variance)
     within = variance - np.diagonal(cross)
-    return State(base.grid, mean, cross, within, near, far, None, {}, base.scatter, (), None, latent, values)
+    own = max(float(share @ within), _TINY)
+    near = np.asarray(same / own)
+    near[tuple(n // 2 for n in near.shape)] = 1.0  # also for the () of a pooled activation
+    return State(
+        base.grid, mean, cross, within, near, far / own, None, {}, base.scatter, (), None, spread, latent, values
+    )
+
+
+def _scattered(
+    base: State, values: Array, coefficients: Array, terms: Array, latent: Latent, variance: Array, cross: Array
+) -> tuple[Array, Array, Array, Spread]:
+    """Mean, variance and K with what the scatter of the latent's kernels adds, and the scatter that goes on.
+
+    See :mod:`.spread`. Where K is not small, what scatters is a correlation, by (1 − ρ²)² Q.
+    """
+    spread, share = latent.spread, base.grid.share
+    assert spread is not None
+    norm = middle(spread.norms) + 2.0 * spread.own
+    second = values**2 @ _HERMITE[:, [2, 4]]  # of the square, by cells
+    mean = coefficients[:, 0] + FOURTH * norm * coefficients[:, 4]
+    moment = variance + coefficients[:, 0] ** 2 + FOURTH * norm * second[:, 1]
+    shifted = np.maximum(moment - mean**2, 0.0)
+    rho = float(np.clip(share @ latent.cross @ share, -1.0, 1.0))
+    degree = np.arange(len(terms))
+    bend = float((degree * (degree - 1) * terms)[2:] @ rho ** degree[:-2]) * (1.0 - rho**2) ** 2
+    cross = cross + 0.5 * bend * spread.between_channels
+    total = max(float(share @ shifted), _TINY)
+    slope = float((degree * terms)[1:] @ rho ** degree[:-1]) / max(float(terms.sum()), _TINY)
+    response = float(share @ (second[:, 0] - 2.0 * coefficients[:, 0] * coefficients[:, 2])) / math.sqrt(2.0) / total
+    through = Spread(
+        spread.pairs * slope**2,
+        spread.norms * response**2,
+        (terms[1] * spread.common + 0.5 * terms[2] * spread.norms) / total,
+        spread.own * slope**2,
+    )
+    return mean, shifted, cross, through
 
 
 def _mehler(coefficients: Array, variance: float, correlation: Array) -> Array:
@@ -386,8 +461,6 @@ def standardise(values: Array) -> Array | None:
 
 def weighted_quantiles(values: Array, weights: Array) -> Array:
     """(nodes,): the quantiles of a weighted sample at the normal distribution's levels of the nodes."""
-    from scipy.special import ndtr
-
     order = np.argsort(values, kind="stable")
     level = np.cumsum(weights[order]) - 0.5 * weights[order]
     return np.interp(ndtr(_NODES), level, values[order])
