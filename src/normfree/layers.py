@@ -28,7 +28,14 @@ from ._snapshot import Snapshot
 from .activation import Activation
 from .gain import GainSource, gain
 from .padding import as_pad_argument, same_padding
-from .standardize import DEFAULT_EPS, EpsMode, Scale, standardize_transposed_weight, standardize_weight
+from .standardize import (
+    DEFAULT_EPS,
+    EpsMode,
+    Scale,
+    looked_into,
+    standardize_transposed_weight,
+    standardize_weight,
+)
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -70,6 +77,10 @@ class _Kept:
     version: int  # of the value, which a caller might overwrite
 
 
+_OF_THIS_MODULE = ("_kept", "_shared", "_held")
+"""What a module keeps for itself: no copy, pickle or replica has it."""
+
+
 class _KeepsWhatItComputes:
     """A module that keeps a tensor computed from its parameters: in evaluation its own, and one shared for a while.
 
@@ -80,6 +91,17 @@ class _KeepsWhatItComputes:
     training: bool
     _kept: _Kept | None = None
     _shared: SharedTensor | None = None
+    _held: torch.UntypedStorage | None = None
+
+    def _hold(self, value: Tensor) -> Tensor:
+        """Holds a tensor's memory until the next one is there, which therefore finds as much memory free.
+
+        Memory that C's allocator has given back to the system costs more to get again than a standardized weight
+        costs to compute. Graphics cards have an allocator that gives nothing back.
+        """
+        if self.training and value.requires_grad and value.device.type == "cpu" and not looked_into():
+            self._held = value.untyped_storage()
+        return value
 
     def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()``, or what it gave before if neither the sources nor the constant have changed since."""
@@ -113,20 +135,20 @@ class _KeepsWhatItComputes:
         )
 
     def train(self, mode: bool = True) -> Self:
-        self._kept = None
+        self._kept = self._held = None
         return super().train(mode)  # type: ignore[misc, no-any-return]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._kept = None
+        self._kept = self._held = None
         return super()._apply(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_shared")}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_MODULE}
 
     def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
-        replica.__dict__.pop("_kept", None)
-        replica.__dict__.pop("_shared", None)
+        for key in _OF_THIS_MODULE:
+            replica.__dict__.pop(key, None)
         return cast(Self, replica)
 
 
@@ -201,7 +223,7 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
         elif output_scale is not None:
             constant = float(output_scale)
         compute = super().effective_weight
-        return self._computed(sources, constant, lambda: compute(output_scale))
+        return self._hold(self._computed(sources, constant, lambda: compute(output_scale)))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
