@@ -53,7 +53,7 @@ def standardize_weight(
         result = _fused(full, gain, scale, eps, eps_mode)
     else:
         result = _composed(full, gain, scale, eps, eps_mode)
-    return result.to(weight.dtype)
+    return result if result.dtype == weight.dtype else result.to(weight.dtype)
 
 
 def _composed(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mode: EpsMode) -> Tensor:
@@ -122,22 +122,23 @@ def _fused(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mo
         return _fused(last, gain, scale, eps, eps_mode).permute(0, -1, *range(1, weight.ndim - 1))
     units, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
     affine = _affine(gain, scale, weight, fan_in**-0.5)
-    result, _, rstd = torch.native_group_norm(
-        weight.view(1, units, fan_in), affine, None, 1, units, fan_in, units, 0.0 if eps_mode == "floor" else eps
-    )
+    added = 0.0 if eps_mode == "floor" else eps
+    result, _, rstd = torch.native_group_norm(weight, affine, None, 1, units, fan_in, units, added)  # one "example"
     if eps_mode == "floor" and rstd.max().item() > math.sqrt(fan_in / eps):
         return _composed(weight, gain, scale, eps, eps_mode)  # the kernel knows no lower bound
-    return result.view(weight.shape)
+    return result
 
 
 def _affine(gain: Tensor | None, scale: Scale, weight: Tensor, constant: float) -> Tensor:
     """gain · scale · constant: (out,), in the precision of ``weight``."""
     if isinstance(scale, Tensor):
         factor = scale.reshape(1) * constant
-        return (factor.repeat(weight.shape[0]) if gain is None else gain.reshape(-1) * factor).to(weight.dtype)
-    if gain is None:
+        result = factor.repeat(weight.shape[0]) if gain is None else gain.reshape(-1) * factor
+    elif gain is None:
         return weight.new_full((weight.shape[0],), scale * constant)
-    return (gain.reshape(-1) * (scale * constant)).to(weight.dtype)
+    else:
+        result = (gain if gain.ndim == 1 else gain.reshape(-1)) * (scale * constant)
+    return result if result.dtype == weight.dtype else result.to(weight.dtype)
 
 
 def standardize_transposed_weight(
