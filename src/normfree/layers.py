@@ -36,6 +36,7 @@ from .standardize import (
     standardize_transposed_weight,
     standardize_weight,
 )
+from .together import Request, may_launch, standardize_together
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -226,6 +227,8 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
         return self._hold(self._computed(sources, constant, lambda: compute(output_scale)))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
+        if may_launch(self.weight, self.gain, scale):
+            return standardize_together([Request(self.weight, self.gain, scale, self.eps, self.eps_mode)])[0]
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
 
     def declared_weight(self) -> tuple[float, bool]:
