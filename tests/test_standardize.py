@@ -311,6 +311,19 @@ def test_without_gain_and_under_a_learned_scale():
     )
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 1, 1), (6, 1, 3, 3), (1, 4, 3, 3), (6, 1, 1, 2), (6, 4, 1, 3), (6, 4, 1, 1, 1)])
+def test_channels_last_of_axes_with_one_element(shape):
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    weight, upstream = float64(*shape), float64(*shape, seed=2)
+    results = []
+    for leaf in (weight.clone(), weight.to(memory_format=layout), weight.contiguous().to(memory_format=layout)):
+        result = nf.standardize_weight(leaf.requires_grad_(), None, 1.7)
+        results.append((result, *torch.autograd.grad(result, leaf, upstream)))
+    torch.testing.assert_close(results[0][0], loop_standardize(weight, None, 1.7), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-12, atol=1e-14)
+
+
 def test_a_gain_of_zero_still_learns():
     weight, gain = float64(4, 9).requires_grad_(), torch.zeros(4, dtype=torch.float64, requires_grad=True)
     nf.standardize_weight(weight, gain).backward(float64(4, 9, seed=2))

@@ -123,10 +123,11 @@ def _fused(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mo
     units, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
     affine = _affine(gain, scale, weight, fan_in**-0.5)
     added = 0.0 if eps_mode == "floor" else eps
-    result, _, rstd = torch.native_group_norm(weight, affine, None, 1, units, fan_in, units, added)  # one "example"
+    rows = weight.view(units, fan_in)  # of more axes, the kernel would read some as channels_last
+    result, _, rstd = torch.native_group_norm(rows, affine, None, 1, units, fan_in, units, added)  # one "example"
     if eps_mode == "floor" and rstd.max().item() > math.sqrt(fan_in / eps):
         return _composed(weight, gain, scale, eps, eps_mode)  # the kernel knows no lower bound
-    return result
+    return result.view(weight.shape)
 
 
 def _affine(gain: Tensor | None, scale: Scale, weight: Tensor, constant: float) -> Tensor:
