@@ -54,7 +54,7 @@ def test_all_tables_in_one_go(tmp_path, monkeypatch):
     done = {"benchmark": "scaling", "machine": machine(), "setting": {}, "rows": []}
     monkeypatch.setattr(scaling, "run", lambda *arguments: done)
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: model)
-    monkeypatch.setitem(suite._BATCHES, "cpu", {kind: (1,) for kind in ("train", "infer", "memory")})
+    monkeypatch.setitem(suite._BATCHES, "cpu", dict.fromkeys(("train", "infer", "memory"), (1,)))
     few = ["--models", "nf_resnet26", "--width", "0.0625", "--size", "64", "--batch", "1", "--repeats", "2"]
     main(["gpu", "--device", "cpu", *few, "--rounds", "1", "--out", str(tmp_path / "tables")])
     written = {path.name for path in (tmp_path / "tables").iterdir()}
