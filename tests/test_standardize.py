@@ -311,7 +311,9 @@ def test_without_gain_and_under_a_learned_scale():
     )
 
 
-@pytest.mark.parametrize("shape", [(6, 4, 1, 1), (6, 1, 3, 3), (1, 4, 3, 3), (6, 1, 1, 2), (6, 4, 1, 3), (6, 4, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(6, 4, 1, 1), (6, 1, 3, 3), (1, 4, 3, 3), (6, 1, 1, 2), (6, 4, 1, 3), (6, 4, 1, 1, 1)]
+)
 def test_channels_last_of_axes_with_one_element(shape):
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     weight, upstream = float64(*shape), float64(*shape, seed=2)
