@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -52,6 +53,9 @@ class _ScaledWeight:
     weight: Any
     bias: Any
     weight_scale: float
+
+    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def effective_weight(self, output_scale: Scale | None = None) -> Tensor:
         """The weight that the layer applies, every scalar included: the shape of ``weight``."""
@@ -194,6 +198,19 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
     eps: float
     eps_mode: EpsMode = "floor"
     activation_name: str
+    _recomputes: Callable[..., AbstractContextManager[Any]] | None = None
+
+    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+        """For the operation that applies the effective weight."""
+        if (
+            self._recomputes is None
+            or self._shared is not None
+            or not weight.requires_grad
+            or looked_into()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # checkpointing does it already
+        ):
+            return nullcontext()
+        return self._recomputes(self, weight, output_scale)
 
     def _init_standardization(
         self, out: int, activation: Activation, gain_source: GainSource, scale: float, eps: float, learnable_gain: bool
@@ -224,7 +241,8 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
         elif output_scale is not None:
             constant = float(output_scale)
         compute = super().effective_weight
-        return self._hold(self._computed(sources, constant, lambda: compute(output_scale)))
+        value = self._computed(sources, constant, lambda: compute(output_scale))
+        return self._hold(value) if self._recomputes is None else value
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
         if may_launch(self.weight, self.gain, scale):
@@ -282,7 +300,9 @@ class _Convolution(_ScaledWeight):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
-        return self._conv_forward(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+        weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding != "same":
@@ -482,6 +502,12 @@ class _WSConvTranspose(_StandardizedWeight):
     def forward(self, input: Tensor, output_size: list[int] | None = None, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
         weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return self._apply_transposed(input, weight, bias, output_size)
+
+    def _apply_transposed(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
+    ) -> Tensor:
         dims = len(self.kernel_size)
         transposed = _TRANSPOSED[dims]
         if self.padding != "same":
@@ -570,7 +596,9 @@ class WSLinear(_StandardizedWeight, nn.Linear):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(*, in_features) to (*, out_features); times ``output_scale`` if one is given."""
-        return F.linear(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+        weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return F.linear(input, weight, bias)
 
 
 class SqueezeExcite(nn.Module):
