@@ -396,6 +396,9 @@ _WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Broc
     Takes the arguments of ``nn.Conv{dims}d`` and is one. The fan-in of an output channel is every weight that it has:
     the channels of its group times the kernel taps. Weights start from N(0, 1 / fan-in), gains at 1, the bias at 0.
 
+    In evaluation without gradients the standardized weight is kept until a parameter changes. Writes that torch does
+    not count, through ``.data``, NumPy or DLPack, are seen after the next ``eval()`` or ``train()``.
+
     Args:
         padding: as in torch; ``"same"`` also with a stride, then as TensorFlow pads.
         activation: the activation whose output this layer reads; the weight carries its γ. None for a layer that
@@ -536,7 +539,7 @@ _WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight 
 
     Takes the arguments of ``nn.ConvTranspose{dims}d`` and is one. The fan-in of an output element is the input
     channels of its group times the kernel taps that reach it, which with a stride are only those of its phase; see
-    :func:`normfree.standardize.standardize_transposed_weight`.
+    :func:`normfree.standardize.standardize_transposed_weight`. Weights are kept in evaluation as in :class:`WSConv{dims}d`.
 
     Args:
         padding: numbers as in torch, or ``"same"`` for an output of exactly input size times stride.
@@ -566,6 +569,9 @@ class WSLinear(_StandardizedWeight, nn.Linear):
     """A linear layer with Scaled Weight Standardization; the fan-in is ``in_features``.
 
     Takes the arguments of ``nn.Linear`` and is one.
+
+    In evaluation without gradients the standardized weight is kept until a parameter changes. Writes that torch does
+    not count, through ``.data``, NumPy or DLPack, are seen after the next ``eval()`` or ``train()``.
 
     Args:
         activation, gain_source, scale, eps, learnable_gain: as :class:`WSConv2d`.
