@@ -539,7 +539,7 @@ _WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight 
 
     Takes the arguments of ``nn.ConvTranspose{dims}d`` and is one. The fan-in of an output element is the input
     channels of its group times the kernel taps that reach it, which with a stride are only those of its phase; see
-    :func:`normfree.standardize.standardize_transposed_weight`. Weights are kept in evaluation as in :class:`WSConv{dims}d`.
+    :func:`normfree.standardize.standardize_transposed_weight`. Evaluation keeps weights as in :class:`WSConv{dims}d`.
 
     Args:
         padding: numbers as in torch, or ``"same"`` for an output of exactly input size times stride.
