@@ -1,14 +1,19 @@
-"""``python -m benchmarks train|infer|accumulate|memory|spp|scaling``: a table, and files where they are named."""
+"""``python -m benchmarks NAME``: a table, and files where they are named.
+
+NAME is ``train``, ``infer``, ``accumulate``, ``memory``, ``scaling`` or ``spp``; ``all`` and ``gpu`` write every
+table of a machine into a folder, and ``figure`` draws what was written.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import memory, passes, report, scaling, spp
+from . import memory, passes, report, scaling, spp, suite
 from .contenders import MODELS, Setting
 
 _BATCHES = {"train": [1, 16], "infer": [1, 8], "accumulate": [1], "memory": [16], "scaling": [4]}
@@ -26,18 +31,21 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _HELP.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("--models", nargs="+", default=["nf_resnet50"], help=f"of {', '.join(MODELS)}, or others")
-        command.add_argument("--batch", type=int, nargs="+", default=_BATCHES[name])
-        command.add_argument("--size", type=int, default=224, help="pixels")
-        command.add_argument("--width", type=float, default=1.0)
-        command.add_argument("--repeats", type=int, default=10)
-        command.add_argument("--rounds", type=int, default=2, help="times that the whole table is measured")
-        command.add_argument("--depths", type=int, nargs="+", default=list(scaling.DEPTHS), help="for scaling")
+        _add_setting(command, ["nf_resnet50"], _BATCHES[name])
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
         command.add_argument("--channels-last", action="store_true")
         command.add_argument("--compile", action="store_true", help="with CUDA graphs on a GPU")
         _add_outputs(command)
+    for name, device, dtype in (("all", "cpu", "float32"), ("gpu", "cuda", "bfloat16")):
+        command = commands.add_parser(name, help=f"every table, on {device} in {dtype} unless told otherwise")
+        _add_setting(command, list(MODELS), None)
+        command.add_argument("--device", default=device, choices=["cpu", "cuda"])
+        command.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"])
+        command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command = commands.add_parser("figure", help="one figure of what the others have written")
+    command.add_argument("results", type=Path, nargs="+", help="JSON files")
+    command.add_argument("--out", type=Path, required=True, help="file to write (.png, .svg, .pdf)")
     command = commands.add_parser("spp", help="a Signal Propagation Plot against a bare forward pass")
     command.add_argument("--models", nargs="+", default=list(spp.MODELS))
     command.add_argument("--batch", type=int, default=8)
@@ -45,6 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--repeats", type=int, default=15)
     _add_outputs(command)
     options = parser.parse_args(arguments)
+    if options.command == "figure":
+        report.write_summary_figure([json.loads(path.read_text()) for path in options.results], options.out)
+        return
+    if options.command in ("all", "gpu"):
+        batches = tuple(options.batch) if options.batch else None
+        base = Setting(1, options.size, options.device, options.dtype, width=options.width)
+        numbers = (options.repeats, options.rounds, options.budget, batches, tuple(options.depths))
+        suite.run(options.out, base, tuple(options.models), *numbers)
+        return
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     result = _run(options)
     result["load_before"] = load
@@ -56,6 +73,17 @@ def main(arguments: list[str] | None = None) -> None:
         report.write_csv(result["rows"], options.csv)
     if options.figure is not None:
         report.write_figure(result, options.figure)
+
+
+def _add_setting(command: argparse.ArgumentParser, models: list[str], batches: list[int] | None) -> None:
+    command.add_argument("--models", nargs="+", default=models, help=f"of {', '.join(MODELS)}, or others")
+    command.add_argument("--batch", type=int, nargs="+", default=batches)
+    command.add_argument("--size", type=int, default=224, help="pixels")
+    command.add_argument("--width", type=float, default=1.0)
+    command.add_argument("--repeats", type=int, default=10)
+    command.add_argument("--rounds", type=int, default=2, help="times that the whole table is measured")
+    command.add_argument("--depths", type=int, nargs="+", default=list(scaling.DEPTHS), help="for scaling")
+    command.add_argument("--budget", type=float, default=300.0, help="for scaling: seconds for each point")
 
 
 def _add_outputs(command: argparse.ArgumentParser) -> None:
@@ -81,7 +109,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     if options.command == "memory":
         return memory.run(models, settings)
     if options.command == "scaling":
-        return scaling.run(first, options.repeats, tuple(options.depths))
+        return scaling.run(first, options.repeats, tuple(options.depths), options.budget)
     return passes.run(options.command, models, settings, options.repeats, options.rounds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -66,3 +67,10 @@ def contenders(name: str, setting: Setting, timm: bool = True) -> dict[str, nn.M
     if timm and name in _TIMMS and setting.width == 1.0:
         found["timm"] = import_timm().create_model(_TIMMS[name])
     return {key: setting.place(model) for key, model in found.items()}
+
+
+def recomputed(ours: nn.Module) -> nn.Module:
+    """Our network, standardizing again in the backward pass."""
+    lean = copy.deepcopy(ours)
+    nf.recompute_standardization(lean)
+    return lean

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .contenders import Setting, contenders
+from .contenders import Setting, contenders, recomputed
 from .passes import training_step
 from .timing import machine
 
@@ -68,18 +68,20 @@ def peak_of_training_step(model: torch.nn.Module, setting: Setting) -> int:
 
 def run(models: tuple[str, ...], settings: list[Setting]) -> dict[str, Any]:
     """One row for each contender: MiB at the peak, and ours over it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in models:
         for setting in settings:
-            peaks = {key: peak_of_training_step(model, setting) for key, model in contenders(name, setting).items()}
+            peaks, gaps = {}, {}
+            models = contenders(name, setting)
+            models["recomputed"] = recomputed(models["ours"])
+            for key, model in models.items():
+                try:
+                    peaks[key] = peak_of_training_step(model, setting)
+                except (ValueError, RuntimeError) as error:
+                    gaps[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            head = {"model": name, "batch": setting.batch}
             for key, peak in peaks.items():
-                rows.append(
-                    {
-                        "model": name,
-                        "batch": setting.batch,
-                        "contender": key,
-                        "peak_mib": round(peak / 2**20, 1),
-                        "ours_over_it": round(peaks["ours"] / peak, 4),
-                    }
-                )
+                row = {**head, "contender": key, "peak_mib": round(peak / 2**20, 1)}
+                rows.append(row | ({"ours_over_it": round(peaks["ours"] / peak, 4)} if "ours" in peaks else {}))
+            rows += [{**head, "contender": key, "gap": reason} for key, reason in gaps.items()]
     return {"benchmark": "memory", "machine": machine(), "setting": vars(settings[0]), "rows": rows}

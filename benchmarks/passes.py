@@ -12,8 +12,9 @@ from torch import nn
 
 import normfree as nf
 
-from .contenders import Setting, contenders
-from .timing import Timing, in_turn, machine, ratio
+from .contenders import Setting, contenders, recomputed
+from .peak import forward_flops, matrix_peak
+from .timing import Timing, first_runs, in_turn, machine, ratio
 
 MICROBATCHES = 8
 
@@ -62,32 +63,55 @@ def compare(kind: str, name: str, setting: Setting, repeats: int) -> list[dict[s
         models["folded"] = setting.place(nf.fold(models["ours"]))
         runs = {key: inference(model, setting) for key, model in models.items()}
     else:
+        if kind == "train" and not setting.compile:
+            models["recomputed"] = recomputed(models["ours"])
         count = MICROBATCHES if kind == "accumulate" else 1
         runs = {
             key: training_step(model, setting, count, share=kind == "accumulate" and key == "ours")
             for key, model in models.items()
         }
-    timings = in_turn(runs, repeats)
-    ours = timings[0]
-    return [_row(name, setting, timing, ours) for timing in timings]
+    return rows(name, setting, kind, runs, repeats)
 
 
-def _row(name: str, setting: Setting, timing: Timing, ours: Timing) -> dict[str, Any]:
-    return {
-        "model": name,
-        "batch": setting.batch,
+def rows(
+    name: str, setting: Setting, kind: str, runs: dict[str, Callable[[], Any]], repeats: int
+) -> list[dict[str, Any]]:
+    """What the runs take, and the gaps: contenders that cannot run in this setting, with the reason."""
+    _, gaps = first_runs(runs)
+    timings = in_turn({key: run for key, run in runs.items() if key not in gaps}, repeats)
+    ours = next((timing for timing in timings if timing.name == "ours"), None)
+    head = {"model": name, "batch": setting.batch}
+    found = [{**head, **_row(timing, ours), **throughput(name, setting, kind, timing)} for timing in timings]
+    return found + [{**head, "contender": key, "gap": reason} for key, reason in gaps.items()]
+
+
+def _row(timing: Timing, ours: Timing | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
         "contender": timing.name,
         "ms": round(timing.median * 1e3, 2),
         "spread": round(timing.spread, 4),
-        "ours_over_it": round(ratio(ours, timing), 4),
     }
+    if ours is not None:
+        row["ours_over_it"] = round(ratio(ours, timing), 4)
+    return row
+
+
+def throughput(name: str, setting: Setting, kind: str, timing: Timing) -> dict[str, Any]:
+    """Images per second and, on a card whose peak is known, the share of it that convolutions and products use."""
+    passes, per_image = (1, 1) if kind == "infer" else (MICROBATCHES if kind == "accumulate" else 1, 3)
+    images = setting.batch * passes / timing.median
+    found: dict[str, Any] = {"images_per_s": round(images, 2)}
+    peak = matrix_peak(setting)
+    if peak is not None:  # a backward pass does each product twice
+        found["share_of_peak"] = round(images * per_image * forward_flops(name, setting) / peak, 4)
+    return found
 
 
 def run(kind: str, models: tuple[str, ...], settings: list[Setting], repeats: int, rounds: int = 2) -> dict[str, Any]:
     """The whole table, ``rounds`` times over: what differs between the rounds is noise."""
-    rows = []
+    found = []
     for number in range(rounds):
         for name in models:
             for setting in settings:
-                rows += [{"round": number + 1, **row} for row in compare(kind, name, setting, repeats)]
-    return {"benchmark": kind, "machine": machine(), "setting": vars(settings[0]), "repeats": repeats, "rows": rows}
+                found += [{"round": number + 1, **row} for row in compare(kind, name, setting, repeats)]
+    return {"benchmark": kind, "machine": machine(), "setting": vars(settings[0]), "repeats": repeats, "rows": found}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ def write_figure(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if "ours_over_it" in row and row["contender"] != "ours"]
+    if not rows:
+        rows = [{"ours_over_it": 0.0, "contender": "nothing could be compared"}]
     labels = [
         " ".join(str(row[k]) for k in ("model", "axis", "value", "batch", "contender") if k in row) for row in rows
     ]
@@ -51,3 +55,58 @@ def write_figure(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("cost of normfree's network / cost of the contender")
     axes.set_title(f"{result['benchmark']}, {result['machine']['threads']} threads, {result['machine']['device']}")
     figure.savefig(path)
+
+
+_COLOURS = {"conv-only": "tab:gray", "batchnorm": "tab:orange", "timm": "tab:blue"}
+_TITLES = {
+    "train": "training step",
+    "accumulate": "eight microbatches, then an update",
+    "infer": "inference",
+    "memory": "peak memory in training",
+}
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
+    """For each table row, over all rounds, the median of ours over each of the three others."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        if result["benchmark"] not in _TITLES:
+            continue
+        how = ", channels_last" * result["setting"]["channels_last"] + ", compiled" * result["setting"]["compile"]
+        for row in result["rows"]:
+            if row["contender"] in _COLOURS and "ours_over_it" in row:
+                label = f"{row['model']}: {_TITLES[result['benchmark']]}, batch {row['batch']}{how}"
+                found.setdefault(label, {}).setdefault(row["contender"], []).append(row["ours_over_it"])
+    return [(label, {key: statistics.median(values) for key, values in row.items()}) for label, row in found.items()]
+
+
+def write_summary_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Three bars for each table row: our cost over that of the conv-only twin, of BatchNorm and of timm.
+
+    Raises:
+        ValueError: none of the results compares anything, or they come from different machines.
+    """
+    from matplotlib.figure import Figure
+
+    lines = summary(results)
+    if not lines:
+        raise ValueError("results: none of them compares our networks with another")
+    machines = {json.dumps(result["machine"], sort_keys=True) for result in results}
+    if len(machines) > 1:
+        raise ValueError(f"results: they come from different machines: {' and '.join(sorted(machines))}")
+    figure = Figure(figsize=(9, 1.4 + 0.55 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for number, (contender, colour) in enumerate(_COLOURS.items()):
+        heights = [row.get(contender, 0.0) for _, row in lines]
+        places = [index + 0.27 * (number - 1) for index in range(len(lines))]
+        bars = axes.barh(places, heights, 0.25, color=colour, label=f"against {contender}")
+        axes.bar_label(bars, [f"{height:.2f}" if height else "" for height in heights], padding=2, fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("cost of normfree's network / cost of the other: less than 1 is cheaper")
+    axes.legend(fontsize=8, loc="lower right")
+    machine = results[0]["machine"]
+    caption = f"{machine['device']} ({machine['processor']}), {machine['threads']} threads, torch {machine['torch']}"
+    axes.set_title(caption, fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -46,6 +46,22 @@ def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int, warm_up: int
     return [Timing(name, tuple(values)) for name, values in seconds.items()]
 
 
+def first_runs(contenders: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of every contender's first run, and why the others could not run: a shape or a size that does not fit."""
+    seconds: dict[str, float] = {}
+    gaps: dict[str, str] = {}
+    for name, run in contenders.items():
+        start = time.perf_counter()
+        try:
+            run()
+            _wait()
+        except (ValueError, RuntimeError) as error:  # memory that runs out on a device is a RuntimeError
+            gaps[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        else:
+            seconds[name] = time.perf_counter() - start
+    return seconds, gaps
+
+
 def ratio(timing: Timing, baseline: Timing) -> float:
     """The median over rounds of the two times' ratio."""
     return statistics.median(a / b for a, b in zip(timing.seconds, baseline.seconds, strict=True))

@@ -168,6 +168,25 @@ def test_replicas_keep_nothing():
             assert "_shared" not in replica.__dict__
 
 
+def test_memory_held_in_training_is_nobody_elses():
+    model = small().train()
+    copied = copy.deepcopy(model)
+    empty = len(pickle.dumps(model))
+    first, second = model(X), model(1.5 * X)  # both graphs alive at once
+    layer = model.stem.conv
+    assert layer._held is not None
+    (first.sin().sum() + second.sin().sum()).backward()
+    (copied(X).sin().sum() + copied(1.5 * X).sin().sum()).backward()
+    for found, expected in zip(model.parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    model.zero_grad()
+    assert len(pickle.dumps(model)) == empty
+    assert "_held" not in copy.deepcopy(model).stem.conv.__dict__
+    assert all("_held" not in module._replicate_for_data_parallel().__dict__ for module in model.modules())
+    model.eval()
+    assert layer._held is None
+
+
 def test_threads():
     model = small()
     failures = []

@@ -259,6 +259,48 @@ def test_the_fused_version_is_the_formula(layout, eps, eps_mode):
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
 
 
+UPSTREAM = {
+    "expanded": lambda gradient: gradient[:1, :1].expand_as(gradient),
+    "one number": lambda gradient: gradient.flatten()[0].expand_as(gradient),
+    "transposed": lambda gradient: gradient.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels_last": lambda gradient: gradient.contiguous(memory_format=torch.channels_last),
+    "part of another": lambda gradient: torch.cat([gradient, gradient], dim=3)[..., : gradient.shape[3]],
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_gradients_may_come_in_any_layout(upstream, layout):
+    weight, gain = float64(6, 4, 3, 2).to(memory_format=layout).requires_grad_(), float64(6, seed=1).requires_grad_()
+    gradient = UPSTREAM[upstream](float64(6, 4, 3, 2, seed=2))
+    before = gradient.clone()
+    found, expected = (
+        torch.autograd.grad(rule(weight, gain, 1.7, 1e-4, "floor"), (weight, gain), gradient)
+        for rule in (nf.standardize_weight, _composed)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("shape", [(8, 1000), (64, 64, 3, 3)])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 10.0])
+def test_the_fused_version_is_as_exact_as_the_formula_in_single_precision(offset, shape):
+    torch.manual_seed(1)
+    weight, upstream = torch.randn(*shape) + offset, torch.randn(*shape)
+
+    def both(rule, dtype):
+        leaf = weight.to(dtype).requires_grad_()
+        result = rule(leaf, None, 1.7, 1e-4, "floor")
+        return result, torch.autograd.grad(result, leaf, upstream.to(dtype))[0]
+
+    exact = both(_composed, torch.float64)
+    for found, formula, truth in zip(
+        both(nf.standardize_weight, torch.float32), both(_composed, torch.float32), exact, strict=True
+    ):
+        allowed = 3.0 * (formula - truth).abs().max() + 4e-7 * (1.0 + offset) * truth.abs().max()
+        assert (found - truth).abs().max() < allowed
+
+
 def test_without_gain_and_under_a_learned_scale():
     weight, scale = float64(4, 9).requires_grad_(), torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     found = nf.standardize_weight(weight, None, scale)
@@ -267,6 +309,21 @@ def test_without_gain_and_under_a_learned_scale():
     torch.testing.assert_close(
         torch.autograd.grad(found, (weight, scale), upstream), torch.autograd.grad(expected, (weight, scale), upstream)
     )
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 4, 1, 1), (6, 1, 3, 3), (1, 4, 3, 3), (6, 1, 1, 2), (6, 4, 1, 3), (6, 4, 1, 1, 1)]
+)
+def test_channels_last_of_axes_with_one_element(shape):
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    weight, upstream = float64(*shape), float64(*shape, seed=2)
+    results = []
+    for leaf in (weight.clone(), weight.to(memory_format=layout), weight.contiguous().to(memory_format=layout)):
+        result = nf.standardize_weight(leaf.requires_grad_(), None, 1.7)
+        results.append((result, *torch.autograd.grad(result, leaf, upstream)))
+    torch.testing.assert_close(results[0][0], loop_standardize(weight, None, 1.7), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-12, atol=1e-14)
 
 
 def test_a_gain_of_zero_still_learns():

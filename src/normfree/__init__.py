@@ -19,6 +19,7 @@ from .layers import (
     WSLinear,
 )
 from .models import DataConfig, batchnorm_twin, create_model, data_config, list_models
+from .recompute import recompute_standardization
 from .sharing import SharedStandardization, shared_standardization
 from .signal import (
     Diagnosis,
@@ -91,6 +92,7 @@ __all__ = [
     "plot_signals",
     "predict_spp",
     "push_to_hub",
+    "recompute_standardization",
     "register_rule",
     "save_pretrained",
     "save_weights",

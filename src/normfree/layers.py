@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -28,7 +29,15 @@ from ._snapshot import Snapshot
 from .activation import Activation
 from .gain import GainSource, gain
 from .padding import as_pad_argument, same_padding
-from .standardize import DEFAULT_EPS, EpsMode, Scale, standardize_transposed_weight, standardize_weight
+from .standardize import (
+    DEFAULT_EPS,
+    EpsMode,
+    Scale,
+    looked_into,
+    standardize_transposed_weight,
+    standardize_weight,
+)
+from .together import Request, may_launch, standardize_together
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -44,6 +53,9 @@ class _ScaledWeight:
     weight: Any
     bias: Any
     weight_scale: float
+
+    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def effective_weight(self, output_scale: Scale | None = None) -> Tensor:
         """The weight that the layer applies, every scalar included: the shape of ``weight``."""
@@ -70,6 +82,10 @@ class _Kept:
     version: int  # of the value, which a caller might overwrite
 
 
+_OF_THIS_MODULE = ("_kept", "_shared", "_held")
+"""What a module keeps for itself: no copy, pickle or replica has it."""
+
+
 class _KeepsWhatItComputes:
     """A module that keeps a tensor computed from its parameters: in evaluation its own, and one shared for a while.
 
@@ -80,6 +96,17 @@ class _KeepsWhatItComputes:
     training: bool
     _kept: _Kept | None = None
     _shared: SharedTensor | None = None
+    _held: torch.UntypedStorage | None = None
+
+    def _hold(self, value: Tensor) -> Tensor:
+        """Holds a tensor's memory until the next one is there, which therefore finds as much memory free.
+
+        Memory that C's allocator has given back to the system costs more to get again than a standardized weight
+        costs to compute. Graphics cards have an allocator that gives nothing back.
+        """
+        if self.training and value.requires_grad and value.device.type == "cpu" and not looked_into():
+            self.__dict__["_held"] = value.untyped_storage()  # a module's own way takes longer
+        return value
 
     def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()``, or what it gave before if neither the sources nor the constant have changed since."""
@@ -113,20 +140,20 @@ class _KeepsWhatItComputes:
         )
 
     def train(self, mode: bool = True) -> Self:
-        self._kept = None
+        self._kept = self._held = None
         return super().train(mode)  # type: ignore[misc, no-any-return]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._kept = None
+        self._kept = self._held = None
         return super()._apply(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_shared")}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_MODULE}
 
     def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
-        replica.__dict__.pop("_kept", None)
-        replica.__dict__.pop("_shared", None)
+        for key in _OF_THIS_MODULE:
+            replica.__dict__.pop(key, None)
         return cast(Self, replica)
 
 
@@ -171,6 +198,19 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
     eps: float
     eps_mode: EpsMode = "floor"
     activation_name: str
+    _recomputes: Callable[..., AbstractContextManager[Any]] | None = None
+
+    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+        """For the operation that applies the effective weight."""
+        if (
+            self._recomputes is None
+            or self._shared is not None
+            or not weight.requires_grad
+            or looked_into()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # checkpointing does it already
+        ):
+            return nullcontext()
+        return self._recomputes(self, weight, output_scale)
 
     def _init_standardization(
         self, out: int, activation: Activation, gain_source: GainSource, scale: float, eps: float, learnable_gain: bool
@@ -201,9 +241,12 @@ class _StandardizedWeight(_KeepsWhatItComputes, _ScaledWeight):
         elif output_scale is not None:
             constant = float(output_scale)
         compute = super().effective_weight
-        return self._computed(sources, constant, lambda: compute(output_scale))
+        value = self._computed(sources, constant, lambda: compute(output_scale))
+        return self._hold(value) if self._recomputes is None else value
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
+        if may_launch(self.weight, self.gain, scale):
+            return standardize_together([Request(self.weight, self.gain, scale, self.eps, self.eps_mode)])[0]
         return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
 
     def declared_weight(self) -> tuple[float, bool]:
@@ -257,7 +300,9 @@ class _Convolution(_ScaledWeight):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
-        return self._conv_forward(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+        weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding != "same":
@@ -350,6 +395,9 @@ _WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Broc
 
     Takes the arguments of ``nn.Conv{dims}d`` and is one. The fan-in of an output channel is every weight that it has:
     the channels of its group times the kernel taps. Weights start from N(0, 1 / fan-in), gains at 1, the bias at 0.
+
+    In evaluation without gradients the standardized weight is kept until a parameter changes. Writes that torch does
+    not count, through ``.data``, NumPy or DLPack, are seen after the next ``eval()`` or ``train()``.
 
     Args:
         padding: as in torch; ``"same"`` also with a stride, then as TensorFlow pads.
@@ -457,6 +505,12 @@ class _WSConvTranspose(_StandardizedWeight):
     def forward(self, input: Tensor, output_size: list[int] | None = None, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
         weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return self._apply_transposed(input, weight, bias, output_size)
+
+    def _apply_transposed(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
+    ) -> Tensor:
         dims = len(self.kernel_size)
         transposed = _TRANSPOSED[dims]
         if self.padding != "same":
@@ -485,7 +539,7 @@ _WSCONV_TRANSPOSE_DOC = """A transposed {dims}-D convolution with Scaled Weight 
 
     Takes the arguments of ``nn.ConvTranspose{dims}d`` and is one. The fan-in of an output element is the input
     channels of its group times the kernel taps that reach it, which with a stride are only those of its phase; see
-    :func:`normfree.standardize.standardize_transposed_weight`.
+    :func:`normfree.standardize.standardize_transposed_weight`. Evaluation keeps weights as in :class:`WSConv{dims}d`.
 
     Args:
         padding: numbers as in torch, or ``"same"`` for an output of exactly input size times stride.
@@ -516,6 +570,9 @@ class WSLinear(_StandardizedWeight, nn.Linear):
 
     Takes the arguments of ``nn.Linear`` and is one.
 
+    In evaluation without gradients the standardized weight is kept until a parameter changes. Writes that torch does
+    not count, through ``.data``, NumPy or DLPack, are seen after the next ``eval()`` or ``train()``.
+
     Args:
         activation, gain_source, scale, eps, learnable_gain: as :class:`WSConv2d`.
 
@@ -545,7 +602,9 @@ class WSLinear(_StandardizedWeight, nn.Linear):
 
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(*, in_features) to (*, out_features); times ``output_scale`` if one is given."""
-        return F.linear(input, self.effective_weight(output_scale), self.effective_bias(output_scale))
+        weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
+        with self._applying(weight, output_scale):
+            return F.linear(input, weight, bias)
 
 
 class SqueezeExcite(nn.Module):

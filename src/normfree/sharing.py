@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._snapshot import Snapshot
-from .layers import ScaledBranch, SharedTensor, _StandardizedWeight
+from .layers import ScaledBranch, SharedTensor, _StandardizedWeight, _WSConvTranspose
 from .standardize import Scale, _as_rows, _row_memory_is_dense
+from .together import Request, may_launch, standardize_together
 
 _SAMPLES = 64
 
@@ -121,7 +122,14 @@ class SharedStandardization:
                 return
             with torch.inference_mode(False), torch.enable_grad():
                 for shared in self._shared:
-                    shared.compute()
+                    if isinstance(shared, _SharedScale):
+                        shared.compute()
+                weights = [shared for shared in self._shared if isinstance(shared, _SharedWeight)]
+                launched = [shared for shared in weights if shared.may_launch()]
+                together = standardize_together([shared.request() for shared in launched])
+                computed = dict(zip(map(id, launched), together, strict=True))
+                for weight in weights:
+                    weight.compute(computed.get(id(weight)))
                 if self._distributed:
                     self._watch_gradients()
             self._parameters = Snapshot.of(*(p for p in self._model.parameters() if not p.is_inference()))
@@ -206,9 +214,6 @@ class _Shared(SharedTensor):
     snapshot: Snapshot | None = field(default=None, init=False)
     sample: Tensor | None = field(default=None, init=False)
 
-    def compute(self) -> None:
-        raise NotImplementedError
-
     def sources(self) -> tuple[Tensor, ...]:
         """The parameters that it is computed from, as the module has them now."""
         raise NotImplementedError
@@ -282,12 +287,23 @@ class _SharedWeight(_Shared):
         weight, gain = self.module.weight, self.module.gain
         return (weight,) if gain is None else (weight, gain)
 
-    def compute(self) -> None:
+    def total_scale(self) -> Scale:
+        scale: Scale = self.module.weight_scale
+        return scale if self.scale is None or self.scale.tensor is None else self.scale.tensor * scale
+
+    def request(self) -> Request:
+        module = self.module
+        return Request(module.weight, module.gain, self.total_scale(), module.eps, module.eps_mode)
+
+    def may_launch(self) -> bool:
+        """Whether the weight may be standardized together with others."""
+        is_transposed = isinstance(self.module, _WSConvTranspose)
+        return not is_transposed and may_launch(self.module.weight, self.module.gain, self.total_scale())
+
+    def compute(self, launched: Tensor | None) -> None:
+        """``launched``: the standardized weight, where it was computed together with others."""
         snapshot = Snapshot.of(*self.sources())
-        scale = self.module.weight_scale
-        if self.scale is not None and self.scale.tensor is not None:
-            scale = self.scale.tensor * scale
-        self._keep(self.module._scaled_weight(scale), snapshot)
+        self._keep(self.module._scaled_weight(self.total_scale()) if launched is None else launched, snapshot)
         self.sample = _sample(self.module.weight)
 
     def get(self, module: Any, output_scale: Scale | None) -> Tensor | None:

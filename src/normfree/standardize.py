@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,10 @@ def standardize_weight(
     _check_gain(gain, weight.shape[0])
     full = _at_least_float32(weight)
     if _is_plain(full, gain, scale):
-        result = _fused(full, _factor(gain, scale, full), eps, eps_mode)
+        result = _fused(full, gain, scale, eps, eps_mode)
     else:
         result = _composed(full, gain, scale, eps, eps_mode)
-    return result.to(weight.dtype)
+    return result if result.dtype == weight.dtype else result.to(weight.dtype)
 
 
 def _composed(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mode: EpsMode) -> Tensor:
@@ -70,44 +70,39 @@ def _composed(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps
 
 def _is_plain(weight: Tensor, gain: Tensor | None, scale: Scale) -> bool:
     """Whether the fused version may be used: ordinary tensors on the CPU, and nothing that looks into operations."""
-    tensors = [tensor for tensor in (weight, gain, scale) if isinstance(tensor, Tensor)]
     return (
         weight.device.type == "cpu"
+        and type(weight) in _ORDINARY
+        and (gain is None or type(gain) in _ORDINARY)
+        and (not isinstance(scale, Tensor) or type(scale) in _ORDINARY)
         and weight.numel() > 0
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and _row_memory_is_dense(weight)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._functorch.peek_interpreter_stack()
-        and forward_ad._current_level < 0
+        and not looked_into()
+    )
+
+
+_ORDINARY = (nn.Parameter, Tensor)
+
+
+def looked_into() -> bool:
+    """Whether something follows operations other than autograd: a compiler, a tracer, a functional transform."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
     )
 
 
 def _row_memory_is_dense(weight: Tensor) -> bool:
     """Whether each output unit lies in one piece of memory, in whatever order of its axes."""
-    if weight.is_contiguous():
-        return True
+    return weight.is_contiguous() or _is_channels_last(weight)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
     if weight.ndim == 4:
         return weight.is_contiguous(memory_format=torch.channels_last)
     return weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def _factor(gain: Tensor | None, scale: Scale, weight: Tensor) -> Tensor:
-    """gain · scale: (out,), in the precision of ``weight``."""
-    if gain is None:
-        if not isinstance(scale, Tensor):
-            return weight.new_full((weight.shape[0],), scale)
-        return scale.reshape(1).to(weight.dtype).expand(weight.shape[0])
-    flat = gain.reshape(-1)
-    if isinstance(scale, Tensor):
-        return (flat * scale.reshape(1)).to(weight.dtype)
-    return (flat if scale == 1.0 else flat * scale).to(weight.dtype)
-
-
-def _fused(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
-    if torch.is_grad_enabled() and (weight.requires_grad or factor.requires_grad):
-        return _Standardize.apply(weight, factor, eps, eps_mode)  # type: ignore[no-untyped-call]
-    return _forward(weight, factor, eps, eps_mode)[0]
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -116,92 +111,35 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.shape[0], fan_in), (fan_in, 1))
 
 
-def _forward(
-    weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Ŵ with the strides of ``weight``; and (out, 1) each: the rows' means, their divisors, and factor / divisor."""
-    rows = _as_rows(weight)
-    mean = rows.mean(dim=1, keepdim=True)
-    result = rows - mean
-    norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
-    added = rows.shape[1] * eps
-    divisor = norm.clamp_(min=math.sqrt(eps)) if eps_mode == "floor" else norm.square_().add_(added).sqrt_()
-    quotient = factor.detach().unsqueeze(1) / divisor
-    result.mul_(quotient)
-    return result.as_strided(weight.shape, weight.stride()), (mean, divisor, quotient)
+def _fused(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mode: EpsMode) -> Tensor:
+    """The formula as one call of GroupNorm's kernel, forward and backward.
 
-
-class _Standardize(torch.autograd.Function):
-    """Saves the raw weight and two numbers per row; the gradient is one call of BatchNorm's backward kernel.
-
-    Each row is a channel to BatchNorm, (W − mean) · inverse_std · affine, and its kernel gives the gradients of the
-    row and of affine in one go. It also projects the gradient on the row, with the square of inverse_std, which must
-    not happen where ``eps`` bounds the variance from below: there inverse_std is next to nothing, and affine makes up
-    for it.
+    Each row is a group with one channel, (W − mean) · rstd · affine. The kernel reads a row twice while it is in the
+    cache, writes the result, and saves the raw weight and three numbers per row for its gradient.
     """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
-        result, of_rows = _forward(weight, factor, eps, eps_mode)
-        ctx.save_for_backward(weight, factor, *of_rows)
-        ctx.eps, ctx.eps_mode = eps, eps_mode
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        weight, factor, *of_rows = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or not _is_plain(gradient, None, 1.0):
-            return *_differentiable_backward(weight, factor, gradient, wanted, ctx.eps, ctx.eps_mode), None, None
-        return *_backward(weight, gradient, of_rows, wanted, ctx.eps, ctx.eps_mode), None, None
+    if not weight.is_contiguous():
+        last = weight.permute(0, *range(2, weight.ndim), 1)  # contiguous: channels_last
+        return _fused(last, gain, scale, eps, eps_mode).permute(0, -1, *range(1, weight.ndim - 1))
+    units, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
+    affine = _affine(gain, scale, weight, fan_in**-0.5)
+    added = 0.0 if eps_mode == "floor" else eps
+    rows = weight.view(units, fan_in)  # of more axes, the kernel would read some as channels_last
+    result, _, rstd = torch.native_group_norm(rows, affine, None, 1, units, fan_in, units, added)  # one "example"
+    if eps_mode == "floor" and rstd.max().item() > math.sqrt(fan_in / eps):
+        return _composed(weight, gain, scale, eps, eps_mode)  # the kernel knows no lower bound
+    return result.view(weight.shape)
 
 
-_VANISHING = 1e-15
-
-
-def _backward(
-    weight: Tensor, gradient: Tensor, of_rows: Sequence[Tensor], wanted: Sequence[bool], eps: float, eps_mode: EpsMode
-) -> tuple[Tensor | None, Tensor | None]:
-    if gradient.stride() != weight.stride():
-        gradient = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(gradient)
-    rows, upstream = _as_rows(weight), _as_rows(gradient)
-    mean, divisor, quotient = (tensor.view(-1) for tensor in of_rows)
-    inverse_std = math.sqrt(rows.shape[1]) / divisor
-    if eps_mode == "floor":
-        inverse_std.masked_fill_(divisor <= math.sqrt(eps) * (1.0 + 1e-6), _VANISHING)
-    of_weight, of_affine, _ = torch.ops.aten.native_batch_norm_backward(
-        upstream.unsqueeze(0),
-        rows.unsqueeze(0),
-        quotient / inverse_std,
-        None,
-        None,
-        mean,
-        inverse_std,
-        True,
-        0.0,
-        [wanted[0], wanted[1], False],
-    )
-    of_factor = None
-    if wanted[0]:
-        of_weight = of_weight.as_strided(weight.shape, weight.stride())
-    if wanted[1]:
-        of_factor = of_affine / inverse_std.mul_(divisor)
-    return of_weight if wanted[0] else None, of_factor
-
-
-def _differentiable_backward(
-    weight: Tensor, factor: Tensor, gradient: Tensor, wanted: Sequence[bool], eps: float, eps_mode: EpsMode
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same by autograd, which can go through it once more."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not create_graph:
-            weight, factor = (t.detach().requires_grad_(w) for t, w in zip((weight, factor), wanted, strict=True))
-        result = _composed(weight, factor, 1.0, eps, eps_mode)
-        inputs = [tensor for tensor, is_wanted in zip((weight, factor), wanted, strict=True) if is_wanted]
-        found = iter(torch.autograd.grad(result, inputs, gradient, create_graph=create_graph))
-    return next(found) if wanted[0] else None, next(found) if wanted[1] else None
+def _affine(gain: Tensor | None, scale: Scale, weight: Tensor, constant: float) -> Tensor:
+    """gain · scale · constant: (out,), in the precision of ``weight``."""
+    if isinstance(scale, Tensor):
+        factor = scale.reshape(1) * constant
+        result = factor.repeat(weight.shape[0]) if gain is None else gain.reshape(-1) * factor
+    elif gain is None:
+        return weight.new_full((weight.shape[0],), scale * constant)
+    else:
+        result = (gain if gain.ndim == 1 else gain.reshape(-1)) * (scale * constant)
+    return result if result.dtype == weight.dtype else result.to(weight.dtype)
 
 
 def standardize_transposed_weight(

@@ -96,3 +96,48 @@ def test_precision_frozen_parameters_and_memory_format():
     assert folded.weight.is_contiguous(memory_format=torch.channels_last)
     assert not folded.weight.requires_grad
     assert folded.bias.requires_grad
+
+
+def randomise(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+class Scaling(nn.Module):
+    """Passes a scale to layers of every kind, in an attribute, a list and a dictionary; to one layer it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nf.WSConv2d(3, 4, 3, padding=1)
+        self.same = nf.WSConv2d(4, 4, 3, stride=2, padding="same")
+        self.several = nn.ModuleList([nf.WSConvTranspose2d(4, 4, 4, 2, 1), nf.WSConvTranspose2d(4, 4, 4, 2, "same")])
+        self.named = nn.ModuleDict({"linear": nf.WSLinear(4, 2)})
+        self.inner = nn.Sequential(nf.WSConv2d(4, 4, 1))
+
+    def forward(self, x):
+        scaled = {"output_scale": 0.3}
+        x = self.inner(self.same(self.conv(x, output_scale=0.5), **scaled))
+        for layer in self.several:
+            x = layer(x, **scaled)
+        return self.named["linear"](x.mean((2, 3)), output_scale=torch.tensor(0.7)) + self.named["linear"](x[..., 0, 0])
+
+
+def test_modules_that_pass_a_scale():
+    model = Scaling()
+    randomise(model)
+    x = torch.randn(2, 3, 8, 8)
+    folded = nf.fold(model)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
+    assert type(folded.inner[0]) is nn.Conv2d
+    assert isinstance(folded.conv, nn.Conv2d)
+    assert isinstance(folded.several[0], nn.ConvTranspose2d)
+    assert not any(isinstance(module, nf.WSConv2d) for module in folded.modules())
+
+
+def test_folded_fixup():
+    model = nf.create_model("fixup_resnet26", num_classes=3, width=0.0625).eval()
+    randomise(model)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(nf.fold(model)(x), model(x), rtol=1e-4, atol=1e-5)

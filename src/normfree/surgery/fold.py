@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from ..layers import (
     _ScaledWeight,
     _WSConvTranspose,
 )
+from ..standardize import Scale
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -29,8 +31,8 @@ def fold(model: nn.Module) -> nn.Module:
     the mode, precision and place of the model. It is not connected to it any more, and has fewer parameters
     (no gains), so that its state dict is its own.
 
-    Modules that a user wrote and that pass ``output_scale`` to a layer have to stop doing so: the folded layer does
-    not take it.
+    A layer to which another module passes ``output_scale`` (a residual branch of this library apart, whose scale is
+    in the weights) becomes a subclass of torch's layer that takes it.
 
     Args:
         model: any module. It is not changed.
@@ -44,12 +46,13 @@ def fold(model: nn.Module) -> nn.Module:
             _fold_branch(block)
         if isinstance(folded, _ScaledWeight):
             return _plain_layer(folded)
+        called = _called_with_a_scale(folded)
         replacements: dict[nn.Module, nn.Module] = {}  # a layer that is used twice stays one layer
         for module in list(folded.modules()):
             for name, child in list(module._modules.items()):  # also what occurs a second time
                 if isinstance(child, _ScaledWeight):
                     if child not in replacements:
-                        replacements[child] = _plain_layer(child)
+                        replacements[child] = _plain_layer(child, child in called)
                     setattr(module, name, replacements[child])
     info = getattr(folded, "info", None)
     if is_dataclass(info) and not isinstance(info, type) and hasattr(info, "options"):
@@ -71,8 +74,35 @@ def _fold_branch(block: ScaledBranch) -> None:
     block.skip_gain = None
 
 
+def _called_with_a_scale(model: nn.Module) -> set[nn.Module]:
+    """The layers in modules, and in their lists and dictionaries of modules, whose code speaks of ``output_scale``."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, (ScaledBranch, _ScaledWeight)) or not _speaks_of_output_scale(type(module)):
+            continue
+        waiting = list(module.children())
+        while waiting:
+            child = waiting.pop()
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                waiting += child.children()
+            elif isinstance(child, _ScaledWeight):
+                found.add(cast(nn.Module, child))
+    return found
+
+
+def _speaks_of_output_scale(kind: type) -> bool:
+    codes = [f.__code__ for base in kind.__mro__ for f in vars(base).values() if isinstance(f, FunctionType)]
+    while codes:
+        code = codes.pop()
+        words = {word for c in code.co_consts for word in (c if isinstance(c, tuple) else (c,)) if type(word) is str}
+        if "output_scale" in {*words, *code.co_names, *code.co_varnames}:
+            return True
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return False
+
+
 class _SamePadding2d(_Convolution, nn.Conv2d):
-    """``nn.Conv2d`` that knows SAME padding at every stride."""
+    """``nn.Conv2d`` that knows SAME padding at every stride, and takes ``output_scale``."""
 
     weight_scale = 1.0
 
@@ -94,6 +124,35 @@ _TRANSPOSED: dict[int, Callable[..., nn.Module]] = {
 }
 
 
+class _TakesOutputScale:
+    def forward(self, *args: Any, output_scale: Scale | None = None, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return output if output_scale is None else output * output_scale
+
+
+class _ScaledLinear(_TakesOutputScale, nn.Linear):
+    """``nn.Linear`` that takes ``output_scale``."""
+
+
+class _ScaledConvTranspose1d(_TakesOutputScale, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` that takes ``output_scale``."""
+
+
+class _ScaledConvTranspose2d(_TakesOutputScale, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` that takes ``output_scale``."""
+
+
+class _ScaledConvTranspose3d(_TakesOutputScale, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` that takes ``output_scale``."""
+
+
+_SCALED_TRANSPOSED: dict[int, Callable[..., nn.Module]] = {
+    1: _ScaledConvTranspose1d,
+    2: _ScaledConvTranspose2d,
+    3: _ScaledConvTranspose3d,
+}
+
+
 class _Crop(nn.Module):
     """The first ``factors`` times the size that went into ``layer``."""
 
@@ -102,28 +161,30 @@ class _Crop(nn.Module):
         self.layer = layer
         self.factors = tuple(factors)
 
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.layer(input)
+    def forward(self, input: Tensor, **scaled: Any) -> Tensor:
+        output = self.layer(input, **scaled)
         for axis, factor in zip(range(-len(self.factors), 0), self.factors, strict=True):
             output = output.narrow(axis, 0, input.shape[axis] * factor)
         return cast(Tensor, output)
 
 
-def _plain_layer(layer: Any) -> nn.Module:
+def _plain_layer(layer: Any, takes_scale: bool = False) -> nn.Module:
     scale = getattr(layer, "_fold_scale", None)
     weight, bias = layer.effective_weight(scale), layer.effective_bias(scale)
     with torch.device("meta"):  # nothing is initialised in vain
-        plain, inner = _without_weights(layer)
+        plain, inner = _without_weights(layer, takes_scale)
     inner.weight = nn.Parameter(weight.detach().clone(memory_format=torch.preserve_format), layer.weight.requires_grad)
     if bias is not None:
         inner.bias = nn.Parameter(bias.detach().clone(), layer.bias.requires_grad)
     return plain.train(layer.training)
 
 
-def _without_weights(layer: Any) -> tuple[nn.Module, nn.Module]:
+def _without_weights(layer: Any, takes_scale: bool) -> tuple[nn.Module, nn.Module]:
     """The plain module, and the layer in it that holds the weights."""
     if isinstance(layer, nn.Linear):
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear = (_ScaledLinear if takes_scale else nn.Linear)(
+            layer.in_features, layer.out_features, layer.bias is not None
+        )
         return linear, linear
     dims, same = len(layer.kernel_size), layer.padding == "same"
     options = {
@@ -135,14 +196,17 @@ def _without_weights(layer: Any) -> tuple[nn.Module, nn.Module]:
     }
     shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
     if not isinstance(layer, _WSConvTranspose):
-        conv: Any = (_SAME if same else _PLAIN)[dims](*shape, padding=0 if same else layer.padding, **options)
+        conv: Any = (_SAME if same or takes_scale else _PLAIN)[dims](
+            *shape, padding=0 if same else layer.padding, **options
+        )
         if same:
             conv.padding = "same"
         return conv, conv
+    classes = _SCALED_TRANSPOSED if takes_scale else _TRANSPOSED
     if not same:
         padded = {"padding": layer.padding, "output_padding": layer.output_padding}
-        transposed = _TRANSPOSED[dims](*shape, **padded, **options)
+        transposed = classes[dims](*shape, **padded, **options)
         return transposed, transposed
     before, missing = layer._same_padding()
-    transposed = _TRANSPOSED[dims](*shape, padding=before, output_padding=missing, **options)
+    transposed = classes[dims](*shape, padding=before, output_padding=missing, **options)
     return _Crop(transposed, layer.stride), transposed
