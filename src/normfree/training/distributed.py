@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,28 @@ def this_process(device: str = "auto") -> Iterator[Process]:
         yield Process(chosen, launch=launch, restarts=restarts)
         return
     if not is_joined:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        _join("nccl" if chosen.type == "cuda" else "gloo")
     try:
         control = dist.new_group(backend="gloo")
         yield Process(chosen, dist.get_rank(), dist.get_world_size(), launch, restarts, control)
     finally:
         if not is_joined:
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """The default group of all processes.
+
+    Torchrun's store outlives processes, and with them groups: it must not hand out addresses of the last time.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    prefix = f"normfree-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_joined)}"
+    dist.init_process_group(
+        backend, timeout=_PATIENCE, world_size=size, rank=rank, store=dist.PrefixStore(prefix, store)
+    )
+
+
+_joined = itertools.count()
 
 
 def _launch() -> str:
@@ -183,8 +200,10 @@ def plan_batches(batch_size: int, microbatch_size: int | None, world_size: int) 
         microbatch_size = batch_size // world_size
     microbatches = batch_size // microbatch_size
     if microbatches % world_size:
+        fitting = [size for size in range(microbatch_size, 0, -1) if batch_size % (size * world_size) == 0]
+        advice = f"microbatch_size={fitting[0]}" if fitting else f"batch_size={microbatch_size * world_size}"
         raise ValueError(
             f"microbatch_size: {batch_size} examples make {microbatches} microbatches of {microbatch_size}, "
-            f"which {world_size} processes cannot share equally; microbatch_size={batch_size // world_size} would do"
+            f"which {world_size} processes cannot share equally; {advice} would do"
         )
     return BatchPlan(batch_size, microbatch_size, microbatches // world_size, world_size)

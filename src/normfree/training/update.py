@@ -110,14 +110,15 @@ class Learner:
                 with self._gradients_travel(number == self.plan.accumulation):
                     loss = self._summed_loss(images, targets) / examples
                     loss.backward()
-                total += loss.detach()
+                total = total + loss.detach()
         return total
 
     def _summed_loss(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = self._run(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(
-            logits.float(), targets, reduction="sum", label_smoothing=self.recipe.label_smoothing
+            logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing
         )
 
     def _gradients_travel(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
