@@ -200,8 +200,8 @@ def plan_batches(batch_size: int, microbatch_size: int | None, world_size: int) 
         microbatch_size = batch_size // world_size
     microbatches = batch_size // microbatch_size
     if microbatches % world_size:
-        fitting = [size for size in range(microbatch_size, 0, -1) if batch_size % (size * world_size) == 0]
-        advice = f"microbatch_size={fitting[0]}" if fitting else f"batch_size={microbatch_size * world_size}"
+        sizes = [size for size in range(microbatch_size, 0, -1) if batch_size % (size * world_size) == 0]
+        advice = f"microbatch_size={sizes[0]}" if sizes else f"batch_size={microbatch_size * world_size}"
         raise ValueError(
             f"microbatch_size: {batch_size} examples make {microbatches} microbatches of {microbatch_size}, "
             f"which {world_size} processes cannot share equally; {advice} would do"
