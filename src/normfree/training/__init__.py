@@ -1,9 +1,10 @@
 """Training: a recipe in, a trained network out."""
 
 from .evaluation import ClassResult, EvaluationResult, evaluate
-from .loop import TrainingInterrupted, TrainingResult, TrainingStopped, train
+from .loop import TrainingResult, train
 from .monitor import SignalMonitor, lightning_callback
 from .recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from .stopping import TrainingInterrupted, TrainingStopped
 from .stored_runs import evaluate_run
 
 __all__ = [

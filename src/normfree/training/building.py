@@ -13,17 +13,20 @@ from ..layers import _StandardizedWeight
 from ..models import list_models
 from ..sources import load_model
 from ..surgery import calibrate
-from ..weights import CheckpointError, load_weights
-from .checkpoint import load_checkpoint
+from ..weights import CheckpointError
+from ..weights.native import fill
+from ..weights.reading import read_state_dict
+from .checkpoint import evaluated_weights, load_checkpoint
 from .recipe import ModelSection, Recipe
 from .run_folder import RunFolder
 
 
-def build_model(section: ModelSection, num_classes: int, channels: int) -> nn.Module:
+def build_model(section: ModelSection, num_classes: int, channels: int, is_filled: bool = True) -> nn.Module:
     """The network with a classifier for ``num_classes``, filled with ``section.weights`` if there are any.
 
     Models of ours, timm and torchvision get the number of classes (and of channels, where it is not 3) as an option;
     a callable gets the recipe's options as they are. Weights for other classes leave the new classifier alone.
+    ``is_filled=False`` leaves ``section.weights`` out, for a model that gets its weights elsewhere.
 
     Raises:
         ValueError: a model that does not exist, options that it does not have, or weights that do not fit it.
@@ -36,7 +39,7 @@ def build_model(section: ModelSection, num_classes: int, channels: int) -> nn.Mo
     elif section.name.startswith("torchvision:"):
         options = {"num_classes": num_classes, **options}
     model = load_model(section.name, **options)
-    if section.weights is not None:
+    if is_filled and section.weights is not None:
         _fill(model, Path(section.weights))
     if section.recompute:
         set_recompute: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
@@ -69,24 +72,17 @@ def calibrated_model(
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    if path.is_dir():
-        path = RunFolder(path).weights if RunFolder(path).weights.is_file() else RunFolder(path).last
-    if path.suffix == ".pt":
-        state = load_checkpoint(path)["model"]
-        own = model.state_dict()
-        if set(state) != set(own):
-            odd = sorted(set(state) ^ set(own))[0]
-            raise CheckpointError(f"model.weights: {path} is of another model: {odd} is in one of them only")
-        fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
-        unfit = [key for key in state if key not in fitting]
-        if any("classifier" not in key and "head" not in key and "fc" not in key for key in unfit):
-            raise CheckpointError(f"model.weights: {unfit[0]} of {path} has another shape than the model's")
-        model.load_state_dict({**own, **fitting})
-        return
+    """From a run, or from a file of tensors; a classifier for other classes is left alone."""
+    run = RunFolder(path)
+    if path.is_dir() and not run.weights.is_file():  # it has not come to its end
+        tensors = evaluated_weights(load_checkpoint(run.last))
+    else:
+        tensors = read_state_dict(run.weights if path.is_dir() else path)
     try:
-        load_weights(model, path)
+        fill(model, tensors, "load")
     except CheckpointError as error:
         try:
-            load_weights(model, path, classifier="keep")
+            fill(model, tensors, "keep")
         except CheckpointError:
-            raise error from None
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise CheckpointError(f"model.weights: {path}: {' '.join(lines[:2])}") from None

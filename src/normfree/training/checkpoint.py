@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..files import atomic_path
 
@@ -35,8 +34,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
                 torch.save({"format": _FORMAT, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except RuntimeError as error:  # torch's writer, when the disk is full
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(f"cannot write {path}: {reason}; what was there before is untouched") from error
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -49,7 +49,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ResumeError(f"there is no checkpoint {path}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
+    except Exception as error:  # torch raises many kinds for a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ResumeError(f"{path} is no readable checkpoint: {first}") from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
@@ -57,10 +57,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return state
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what a process that was killed while it wrote has left beside its checkpoints."""
-    for file in folder.glob(".*-*.pt"):
-        file.unlink(missing_ok=True)
+def evaluated_weights(state: Mapping[str, Any], is_raw: bool = False) -> dict[str, Tensor]:
+    """The network in a checkpoint: the average if there is one and ``is_raw`` does not say otherwise."""
+    average = state.get("average")
+    if average is None or is_raw:
+        return dict(state["model"])
+    return {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
 
 
 def random_state() -> dict[str, Any]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,15 @@ class Process:
         rank: 0 to world_size − 1, over all machines.
         world_size: number of processes.
         device: what it computes on.
+        launch: the same for all processes of one torchrun and for those that it starts anew; empty without torchrun.
         restarts: how often torchrun has started the group anew after a failure.
+        control: a group over which flags and numbers travel, so that no GPU has to wait for them.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    launch: str = ""
     restarts: int = 0
     control: Any = None
 
@@ -34,28 +42,43 @@ class Process:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on at least one process. Every process must ask."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each is so on at least one process. Every process must ask."""
         if self.world_size == 1:
-            return flag
-        told = torch.tensor([int(flag)])
+            return flags
+        told = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.control)
-        return bool(told.item())
+        return tuple(bool(flag) for flag in told)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, on the CPU. Every process must ask."""
-        values = values.detach().cpu()
+        """The sum over all processes, on the CPU, in float64. Every process must ask."""
+        values = values.detach().to("cpu", torch.float64, copy=True)
         if self.world_size > 1:
             dist.all_reduce(values, group=self.control)
         return values
 
-    def same(self, value: Any) -> Any:
-        """The first process's value, on every process."""
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes, on the CPU, in float64. Every process must ask."""
+        return self.sum(values) / self.world_size
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on every process. Every process must ask.
+
+        Raises:
+            Exception: on every process, what ``make`` raised on the first.
+        """
         if self.world_size == 1:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0, group=self.control)
-        return holder[0]
+            return make()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = make()
+            except Exception as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0, group=self.control)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]  # type: ignore[no-any-return]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -77,19 +100,39 @@ def this_process(device: str = "auto") -> Iterator[Process]:
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size == 1 or dist.is_initialized():
-        control = dist.group.WORLD if dist.is_initialized() else None
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        yield Process(chosen, rank, size, control=control)
+    launch, restarts = _launch(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    is_joined = dist.is_initialized()  # by somebody else, who will leave it, too
+    if world_size == 1 and not is_joined:
+        yield Process(chosen, launch=launch, restarts=restarts)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if not is_joined:
+        _join("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        # flags and sums travel over a group of their own, so that no GPU has to wait for them
         control = dist.new_group(backend="gloo")
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        yield Process(chosen, dist.get_rank(), world_size, restarts, control)
+        yield Process(chosen, dist.get_rank(), dist.get_world_size(), launch, restarts, control)
     finally:
-        dist.destroy_process_group()
+        if not is_joined:
+            dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """The default group of all processes.
+
+    Torchrun's store outlives processes, and with them groups: it must not hand out addresses of the last time.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    prefix = f"normfree-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_joined)}"
+    dist.init_process_group(
+        backend, timeout=_PATIENCE, world_size=size, rank=rank, store=dist.PrefixStore(prefix, store)
+    )
+
+
+_joined = itertools.count()
+
+
+def _launch() -> str:
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -106,6 +149,10 @@ def _device(name: str, local_rank: int) -> torch.device:
         if index >= torch.cuda.device_count():
             raise ValueError(f"device: process {local_rank} has no GPU, there are {torch.cuda.device_count()}")
         return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device: {name} was asked for, and torch finds none here")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}")
     return device
 
 
@@ -153,8 +200,10 @@ def plan_batches(batch_size: int, microbatch_size: int | None, world_size: int) 
         microbatch_size = batch_size // world_size
     microbatches = batch_size // microbatch_size
     if microbatches % world_size:
+        sizes = [size for size in range(microbatch_size, 0, -1) if batch_size % (size * world_size) == 0]
+        advice = f"microbatch_size={sizes[0]}" if sizes else f"batch_size={microbatch_size * world_size}"
         raise ValueError(
             f"microbatch_size: {batch_size} examples make {microbatches} microbatches of {microbatch_size}, "
-            f"which {world_size} processes cannot share equally; microbatch_size={batch_size // world_size} would do"
+            f"which {world_size} processes cannot share equally; {advice} would do"
         )
     return BatchPlan(batch_size, microbatch_size, microbatches // world_size, world_size)

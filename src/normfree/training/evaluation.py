@@ -76,7 +76,8 @@ def evaluate(
     """Runs a model in evaluation mode over examples; in a distributed run, every process over its own, then all.
 
     Args:
-        model: (N, C, H, W) to logits (N, K) with K at least the number of classes; its mode is as before afterwards.
+        model: (N, C, H, W) to logits (N, K) with K at least the number of classes. Its modules' modes are as before
+            afterwards.
         batches: objects with ``images``, ``targets`` and ``skipped``, such as those of ``EvaluationBatches``.
         prepare: makes of a batch what the model takes: (N, C, H, W) on ``device``.
         classes: names, in the order of the targets.
@@ -101,7 +102,8 @@ def evaluate(
         compute_groups=False,
     ).to(device)
     mean_loss = MeanMetric().to(device)
-    was_training, skipped, start = model.training, [], time.perf_counter()
+    modes = {module: module.training for module in model.modules()}
+    skipped, start = [], time.perf_counter()
     model.eval()
     try:
         for batch in batches:
@@ -117,7 +119,9 @@ def evaluate(
             metrics.update(logits.softmax(dim=1), targets)
             mean_loss.update(nn.functional.cross_entropy(logits, targets), weight=len(targets))
     finally:
-        model.train(was_training)
+        model.train(modes[model])  # layers let go of what they keep in evaluation
+        for module, mode in modes.items():
+            module.training = mode
     computed = metrics.compute()
     scores = computed["scores"].reshape(-1, 5)  # true and false positives, true and false negatives, support
     examples = int(scores[:, 4].sum())

@@ -23,16 +23,17 @@ class TableLog:
         path: the file; made with its header if it is not there.
         columns: of every row; the first one counts upwards.
         keep_up_to: rows whose first column is larger are dropped: what a run that is gone on with had written after
-            its last checkpoint. None drops everything.
+            its last checkpoint.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], keep_up_to: int | None = None):
+    def __init__(self, path: Path, columns: tuple[str, ...], keep_up_to: int = 0):
         self.path, self.columns = path, columns
         rows: list[list[str]] = []
-        if keep_up_to is not None and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = list(csv.reader(file))[1:]
-            rows = [row for row in kept if len(row) == len(columns) and int(row[0]) <= keep_up_to]
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                kept = [line.split(",") for line in file.read().replace("\0", "").splitlines()[1:]]
+            rows = [row for row in kept if len(row) == len(columns) and row[0].isdecimal()]
+            rows = [row for row in rows if int(row[0]) <= keep_up_to]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([list(columns), *rows])
         write_text(path, text.getvalue())
@@ -51,18 +52,26 @@ class TableLog:
 class TensorBoardLog:
     """Scalars and figures for TensorBoard; nothing if it is not wanted.
 
+    Args:
+        folder: None if it is not.
+        keep_up_to: what was written of later steps is dropped.
+
     Raises:
         ImportError: it is wanted and not installed.
     """
 
-    def __init__(self, folder: Path | None, purge_from: int | None = None):
+    def __init__(self, folder: Path | None, keep_up_to: int = 0):
         self._writer: Any = None
         if folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ImportError("log.tensorboard: TensorBoard is not installed: pip install tensorboard") from None
-            self._writer = SummaryWriter(str(folder), purge_step=purge_from)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder), purge_step=keep_up_to + 1)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_wanted(self) -> bool:
+        return self._writer is not None
 
     def scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
         if self._writer is not None:

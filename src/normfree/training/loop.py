@@ -1,61 +1,37 @@
-"""The training loop: microbatches, updates, evaluations, checkpoints."""
+"""The training loop: updates, and now and then a line, a plot, an evaluation, a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
-import signal as unix_signals
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from ..files import write_text
-from ..sharing import shared_standardization
 from ..signal import spp
 from ..signal.propagation import without_non_finite
 from ..weights import save_weights
-from .augmentation import evaluation_transform, training_transform
-from .building import build_model, calibrated_model, has_standardized_weights
-from .checkpoint import load_checkpoint, random_state, remove_leftovers, restore_random_state, save_checkpoint
-from .data import Batch, EvaluationBatches, TrainingBatches, open_data, workers_for
-from .distributed import BatchPlan, Process, plan_batches, this_process
+from .building import build_model, calibrated_model
+from .checkpoint import ResumeError, load_checkpoint, random_state, restore_random_state, save_checkpoint
+from .data import Batch, open_data
+from .distributed import Process, plan_batches, this_process
 from .evaluation import EvaluationResult, evaluate
+from .feed import Feed
 from .image_config import resolve_images
-from .logs import Say, TableLog, TensorBoardLog, Watcher
-from .mixing import BatchFinisher
+from .journal import Journal, introduction
+from .logs import Say
 from .monitor import SignalMonitor, write_signal
-from .optimization import averaged, clip_gradient_norm, learning_rate_factor, make_optimizer
 from .recipe import Recipe
 from .run_folder import RunFolder, default_run_path
-from .seeds import seed_for
-
-_LAYERS = 1  # purpose of a seed: dropout and stochastic depth
-_SIGNAL_IMAGES = 32
-_LOG_COLUMNS = ("update", "epoch", "loss", "learning_rate", "images_per_second", "data_wait")
-_EVALUATION_COLUMNS = ("update", "epoch", "top1", "top5", "loss", "calibration_error", "examples", "skipped")
-
-
-class TrainingStopped(RuntimeError):
-    """Training ended before its time; the message says why, and what is left to go on from."""
-
-
-class TrainingInterrupted(TrainingStopped):
-    """Somebody asked it to stop, by ``signal``: SIGTERM or SIGINT (Ctrl-C). The state is saved."""
-
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
-        self.signal = signal
+from .stopping import StopRequest, TrainingInterrupted, TrainingStopped, stop_on_signals
+from .update import Learner, Microbatch
 
 
 @dataclass(frozen=True)
@@ -96,218 +72,178 @@ def train(
 ) -> TrainingResult:
     """Trains what a recipe describes, from the start or from the last checkpoint of a run.
 
-    Under torchrun every process calls this. A group that torchrun has restarted goes on from the last checkpoint.
+    Under torchrun every process calls this. A group that torchrun starts anew goes on from the last checkpoint.
 
     Args:
         recipe: what to do; with ``resume`` it may be left out, and must be the run's own unless ``force`` is given.
         out: folder for the run; by default ``runs/MODEL-DATE-TIME``.
-        resume: folder of a run to go on with.
+        resume: folder of a run to go on with; one that has no checkpoint yet begins again.
         force: go on with the changed recipe.
         say: gets each line of progress; by default a bar on a terminal, lines on standard error elsewhere.
 
     Raises:
         RecipeError: a recipe that contradicts the run.
+        ResumeError: no run, a damaged checkpoint, or one that the recipe cannot go on from.
         FileExistsError: ``out`` is there already.
         ValueError: data, model or batch sizes that do not go together; the message says what would.
         TrainingStopped: a loss that is not finite, or a signal to stop (SIGTERM, Ctrl-C).
     """
     if recipe is None and resume is None:
         raise ValueError("recipe: there is none, and no run to resume")
+    if out is not None and resume is not None:
+        raise ValueError("out: a run that is gone on with stays in its folder; give out or resume, not both")
     device = recipe.device if recipe is not None else RunFolder(Path(str(resume))).read_recipe().device
     with this_process(device) as process:
-        if resume is None and out is not None and process.restarts and RunFolder(Path(out)).last.is_file():
-            resume = out
-        if resume is not None:
-            folder = RunFolder(Path(resume))
-            recipe = folder.follow(recipe, force) if process.is_first else recipe or folder.read_recipe()
-            recipe = process.same(recipe)
-            if process.is_first:
-                folder.describe(process)
-        else:
-            assert recipe is not None
-            folder = RunFolder(Path(out) if out is not None else default_run_path(recipe, process))
-        run = _Run(recipe, folder, process, say, is_resumed=resume is not None)
-        return run.train()
+        place = process.from_first(lambda: _place(recipe, out, resume, force, process))
+        with _Run(*place, process) as run:
+            return run.train(say)
+
+
+def _place(
+    recipe: Recipe | None, out: str | Path | None, resume: str | Path | None, force: bool, process: Process
+) -> tuple[Recipe, RunFolder, bool]:
+    """What to follow, in which folder, and whether a run is there that is to be gone on with."""
+    if resume is not None:
+        folder, is_begun = RunFolder(Path(resume)), True
+    else:
+        assert recipe is not None
+        folder = RunFolder(Path(out) if out is not None else default_run_path(recipe, process))
+        is_begun = folder.belongs_to(process)
+    if is_begun:
+        return folder.recipe_to_follow(recipe, force), folder, True
+    folder.check_free()
+    assert recipe is not None
+    return recipe, folder, False
 
 
 @dataclass
 class _Interval:
-    """What happened since the last line of the log."""
+    """What happened since the last line of the log; ``losses`` has one scalar for each update."""
 
+    losses: list[Tensor] = field(default_factory=list)
     start: float = field(default_factory=time.perf_counter)
     examples: int = 0
     waited: float = 0.0
-    updates: int = 0
-    loss: Tensor | float = 0.0
 
 
 class _Run:
-    """One run on one process: everything that it is made of, and its state."""
+    """One run on one process: what it is made of, and how far it is."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, process: Process, say: Say | None, is_resumed: bool):
-        self.recipe, self.folder, self.process, self.say = recipe, folder, process, say
-        self.device = process.device
-        self.plan: BatchPlan = plan_batches(recipe.batch_size, recipe.microbatch_size, process.world_size)
-        self.data = open_data(recipe.data, recipe.seed)
+    def __init__(self, recipe: Recipe, folder: RunFolder, is_resumed: bool, process: Process):
+        self.recipe, self.folder, self.process = recipe, folder, process
+        has_state = process.from_first(lambda: is_resumed and folder.last.is_file())
+        state = load_checkpoint(folder.last, process.device) if has_state else None
+        self.plan = plan_batches(recipe.batch_size, recipe.microbatch_size, process.world_size)
+        data = open_data(recipe.data, recipe.seed)
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe.model, len(self.data.classes), self.data.channels)
-        self.images = resolve_images(recipe.data, self.data, model)
-        classes = len(self.data.classes)
-        self.finish = BatchFinisher(recipe.augmentation, self.images, classes, recipe.seed)
-        self.finish_unmixed = BatchFinisher(None, self.images, classes)
-        self.batches = TrainingBatches(
-            self.data.train,
-            training_transform(recipe.augmentation, self.images),
-            batch_size=recipe.batch_size,
-            microbatch_size=self.plan.microbatch_size,
-            seed=recipe.seed,
-            rank=process.rank,
-            world_size=process.world_size,
-            workers=self._workers(self.data.train),
-            pin_memory=self.device.type == "cuda",
-        )
-        if self.batches.updates_per_epoch is None:
-            raise ValueError(f"data: nobody knows how many examples {recipe.data.path} has; set data.limit to it")
-        self.updates_per_epoch: int = self.batches.updates_per_epoch
+        model = build_model(recipe.model, len(data.classes), data.channels, is_filled=state is None)
+        images = resolve_images(recipe.data, data, model)
+        self.feed = Feed(recipe, data, images, self.plan, process)
+        self.updates_per_epoch = self.feed.updates_per_epoch
         self.updates = max(1, round(recipe.epochs * self.updates_per_epoch))
-        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        is_restored = is_resumed and folder.last.is_file()
-        if not is_restored:  # otherwise the gains are in the checkpoint
-            shape = (self.data.channels, self.images.size, self.images.size)
-            model = calibrated_model(model, recipe, shape, self._first_images)
-        self.model: nn.Module = model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.average: AveragedModel | None = averaged(model, recipe.ema_decay) if recipe.ema_decay else None
-        self.optimizer = make_optimizer(model, recipe)
-        factor = learning_rate_factor(recipe.optimizer, self.updates, self.updates_per_epoch)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.update, self.best, self.skipped = 0, -math.inf, 0
-        self.seconds_before = 0.0
+        if state is None:  # otherwise the gains are in the checkpoint
+            shape = (data.channels, images.size, images.size)
+            model = calibrated_model(model, recipe, shape, self.feed.calibration_images)
+        else:
+            self._check_data(state)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        model = model.to(process.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.learner = Learner(model, recipe, self.plan, process, self.updates, self.updates_per_epoch, state)
         self.evaluation: EvaluationResult | None = None
-        if is_restored:
-            self._restore()
-        elif process.is_first and not is_resumed:
-            folder.start(recipe, process)
-            folder.write_images(self.data.classes, self.images)
-        process.wait()
-        self.parallel = self._parallel()
-        self.run: Any = torch.compile(self.parallel) if recipe.compile else self.parallel
-        wants_sharing = recipe.share_standardization
-        self.share = has_standardized_weights(model) and (
-            self.plan.accumulation > 1 if wants_sharing == "auto" else wants_sharing
-        )
-        self.stop_requested = 0  # the number of the signal
-        self._interval = _Interval()
-        self._saved_at = time.monotonic()
+        self.best, self.skipped, self.seconds_before = -math.inf, 0, 0.0
+        self.is_settled = state is None  # whether all that is due after the present update was done
+        self.interval = _Interval()
+        if state is not None:
+            self._restore(state)
+        self._context = contextlib.ExitStack()
+        process.from_first(lambda: self._begin_folder(is_resumed))
 
-    def train(self) -> TrainingResult:
-        """Runs to the end of the recipe."""
-        self.start = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            watcher = stack.enter_context(Watcher(self.updates, self.update, self._say_or_none()))
-            stack.enter_context(_stop_on_signals(self))
-            self._open_logs(stack, watcher)
-            self._announce(watcher)
-            self.model.train()
-            while self.update < self.updates:
-                self._epoch(watcher)
-            if self.evaluation is None:
-                self._evaluate(watcher)
-            assert self.evaluation is not None
-            result = TrainingResult(self.folder.path, self.evaluation, self.updates, self.seconds, self.best)
-            if self.process.is_first:
-                self._save()
-                save_weights(self._evaluated_model(), self.folder.weights)
-                write_text(self.folder.result, json.dumps(without_non_finite(result.to_dict()), indent=1) + "\n")
-                watcher.line(f"done: {result.evaluation}; weights in {self.folder.weights}")
-            self.process.wait()
-            return result
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._context.close()
+        self.feed.close()
+
+    @property
+    def update(self) -> int:
+        return self.learner.update
 
     @property
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.start
 
-    def _epoch(self, watcher: Watcher) -> None:
-        epoch, first = divmod(self.update, self.updates_per_epoch)
-        stream = self.batches.epoch(epoch, first)
-        try:
-            while self.update < min(self.updates, (epoch + 1) * self.updates_per_epoch):
-                self._step(self._next_update(stream), epoch)
-                self._after_update(watcher)
-        finally:
-            close = getattr(stream, "close", None)
-            if close is not None:
-                close()
+    def train(self, say: Say | None) -> TrainingResult:
+        """Runs to the end of the recipe."""
+        self.start, self.saved_at = time.perf_counter(), time.monotonic()
+        with (
+            stop_on_signals() as stop,
+            Journal(self.recipe, self.folder, self.process, self.update, self.updates, say) as self.journal,
+        ):
+            for line in introduction(self.recipe, self.learner.model, self.feed, self.plan, self.updates):
+                self.journal.line(line)
+            going_on = f"going on at update {self.update} of {self.updates}" if self.update else "writing"
+            self.journal.line(f"{going_on}: {self.folder.path}")
+            self._watch_signal()
+            if not self.is_settled:
+                self._settle()
+            self.learner.model.train()
+            self.interval.start = time.perf_counter()
+            while self.update < self.updates:
+                self._epoch(stop)
+            return self._finish()
 
-    def _next_update(self, stream: Iterator[Batch]) -> list[Batch]:
+    def _epoch(self, stop: StopRequest) -> None:
+        epoch, first = divmod(self.update, self.updates_per_epoch)
+        with self.feed.updates(epoch, first) as updates:
+            while self.update < min(self.updates, (epoch + 1) * self.updates_per_epoch):
+                self._step(self._awaited(updates), epoch)
+                self._after_update(stop)
+
+    def _awaited(self, updates: Iterator[list[Batch]]) -> list[Batch]:
         start = time.perf_counter()
-        try:
-            batches = [next(stream) for _ in range(self.plan.accumulation)]
-        except RuntimeError:
-            if self.stop_requested:  # the signal reached the workers as well
-                self._stop()
-            raise
-        self._interval.waited += time.perf_counter() - start
+        batches = next(updates)
+        self.interval.waited += time.perf_counter() - start
         return batches
 
     def _step(self, batches: Sequence[Batch], epoch: int) -> None:
-        """One update from this process's microbatches."""
-        share = self.recipe.batch_size / self.plan.world_size  # DDP averages over the processes
-        total: Tensor | float = 0.0
-        with shared_standardization(self.parallel) if self.share else contextlib.nullcontext():
-            for number, batch in enumerate(batches, start=1):
-                self.skipped += len(batch.skipped)
-                images, targets = self._prepared(batch, epoch)
-                torch.manual_seed(seed_for(self.recipe.seed, _LAYERS, self.update, batch.microbatch))
-                with self._gradients_travel(number == len(batches)):
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                        logits = self.run(images)
-                    loss = self._loss(logits.float(), targets) / share
-                    loss.backward()
-                total = total + loss.detach()
-                self._interval.examples += len(images)
-        if self.device.type == "cpu":
-            self._check_finite(float(total), images)
-        clip_gradient_norm(self.model, self.recipe.optimizer.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self._interval.loss = self._interval.loss + total
-        self._interval.updates += 1
-        self._last_images = images
-        self.update += 1
+        """One update; on a CPU, where looking costs nothing, none is made from a loss that is not finite."""
+        looks_at_once = self.process.device.type == "cpu"
+        loss = self.learner.step(self._microbatches(batches, epoch), self._check_one if looks_at_once else None)
+        self.interval.losses.append(loss)
+        self.interval.examples += sum(len(batch.images) for batch in batches)
+        self.skipped += sum(len(batch.skipped) for batch in batches)
+        self.is_settled = False
 
-    def _prepared(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        images, targets = self.finish(batch, epoch, self.device)
-        return images.contiguous(memory_format=self.memory_format), targets
+    def _microbatches(self, batches: Sequence[Batch], epoch: int) -> Iterator[Microbatch]:
+        for batch in batches:
+            images, targets = self.feed.training(batch, epoch)
+            self.last_images = images
+            yield images, targets, batch.microbatch
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(
-            logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing
-        )
-
-    def _gradients_travel(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        if is_last or not isinstance(self.parallel, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.parallel.no_sync()
-
-    def _after_update(self, watcher: Watcher) -> None:
-        is_last = self.update == self.updates
-        is_logged = self.update % self.recipe.log.every == 0 or is_last
-        if is_logged:
-            self._log(watcher)
-        watcher.update(self.update, self._state, is_logged)
-        if self.process.any(bool(self.stop_requested)):
-            self._stop()
-        if self.monitor is not None:
-            self.monitor(self.update)
-        if self._is_due(self.recipe.evaluation.every_epochs) or is_last:
-            self._evaluate(watcher)
+    def _after_update(self, stop: StopRequest) -> None:
+        if self.update % self.recipe.log.every == 0 or self.update == self.updates:
+            self._log()
+        else:
+            self.journal.updated(self.update)
         minutes = self.recipe.checkpoint.every_minutes
-        is_late = minutes is not None and time.monotonic() - self._saved_at > 60.0 * minutes
-        if self._is_due(self.recipe.checkpoint.every_epochs) or (is_late and self.process.is_first):
+        is_late = minutes is not None and time.monotonic() - self.saved_at > 60.0 * minutes
+        is_stopped, is_late = self.process.any(bool(stop.signal), is_late)
+        if is_stopped:
+            self._stop(stop)
+        started = time.perf_counter()
+        self._settle()
+        if is_late or self._is_due(self.recipe.checkpoint.every_epochs):
             self._save()
+        self.interval.start += time.perf_counter() - started  # speed is that of updates alone
+
+    def _settle(self) -> None:
+        """All that is due after this update, but for checkpoints: the signal, an evaluation."""
+        if self.monitor is not None and self.process.is_first:
+            self.monitor(self.update)
+        if self._is_due(self.recipe.evaluation.every_epochs) or self.update == self.updates:
+            self._evaluate()
+        self.is_settled = True
 
     def _is_due(self, every_epochs: float | None) -> bool:
         """Whether this update is the last of another ``every_epochs`` epochs."""
@@ -316,216 +252,145 @@ class _Run:
         interval = every_epochs * self.updates_per_epoch
         return math.floor(self.update / interval + 1e-9) > math.floor((self.update - 1) / interval + 1e-9)
 
-    def _log(self, watcher: Watcher) -> None:
-        interval, self._interval = self._interval, _Interval()
-        sums = self.process.sum(torch.tensor([float(interval.loss), float(interval.examples)], dtype=torch.float64))
+    def _log(self) -> None:
+        interval, losses = self.interval, self._checked_losses()
         seconds = time.perf_counter() - interval.start
-        loss = float(sums[0]) / interval.updates / self.process.world_size
-        self._check_finite(loss, self._last_images)
+        examples, skipped = self.process.sum(torch.tensor([interval.examples, self.skipped])).tolist()
         row = {
             "update": self.update,
             "epoch": self.update / self.updates_per_epoch,
-            "loss": loss,
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "images_per_second": float(sums[1]) / seconds,
+            "loss": float(losses.mean()),
+            "learning_rate": self.learner.learning_rate,
+            "images_per_second": examples / seconds,
             "data_wait": interval.waited / seconds,
         }
-        self._state = f"epoch {row['epoch']:.2f}  loss {loss:.4f}  {row['images_per_second']:.0f} images/s"
-        if self.process.is_first:
-            self.log.add(row)
-            self.tensorboard.scalars("train", row, self.update)
-        if self.skipped:
-            watcher.line(f"{self.skipped} examples could not be read so far; others took their places")
+        self.interval = _Interval()
+        self.journal.logged(row, int(skipped))
 
-    def _check_finite(self, loss: float, images: Tensor) -> None:
-        if not self.process.any(not math.isfinite(loss)):
-            return
-        message = f"the loss is {loss} at update {self.update + 1}"
+    def _checked_losses(self) -> Tensor:
+        """The mean loss over all processes of every update since the last line of the log."""
+        losses = self.process.mean(torch.stack(self.interval.losses))
+        for number, loss in enumerate(losses.tolist(), start=self.update - len(losses) + 1):
+            if not math.isfinite(loss):
+                self._fail(loss, number)
+        return losses
+
+    def _check_one(self, loss: Tensor) -> None:
+        mean = float(self.process.mean(loss))
+        if not math.isfinite(mean):
+            self._fail(mean, self.update + 1)
+
+    def _fail(self, loss: float, update: int) -> None:
+        message = f"the loss is {loss} at update {update}"
         if self.process.is_first:
-            failing = spp(self.model, images, label=f"update {self.update + 1}")
-            write_signal(failing, self.folder.path / "failure", "signal")
-            message += f"; the signal is in {self.folder.path / 'failure'}"
+            with contextlib.suppress(Exception):  # the loss is what matters
+                failing = spp(self.learner.model, self.last_images, label=f"update {update}")
+                write_signal(failing, self.folder.failure, "signal")
+                message += f"; the signal is in {self.folder.failure}"
+            self.folder.failure.mkdir(exist_ok=True)
             message += f", the last good state in {self.folder.last}" if self.folder.last.is_file() else ""
         raise TrainingStopped(f"{message}; a smaller learning rate or optimizer.adaptive_clipping may help")
 
-    def _evaluate(self, watcher: Watcher) -> None:
-        self.evaluation = result = evaluate(
-            self._evaluated_model(),
-            self._evaluation_batches(),
-            self._prepared_for_evaluation,
-            self.data.classes,
-            self.device,
+    def _evaluate(self) -> None:
+        if self.interval.losses:
+            self._checked_losses()
+        self.evaluation = result = self._evaluated()
+        self.journal.evaluated(result, self.update, self.update / self.updates_per_epoch)
+        if result.top1 > self.best:
+            self.best = result.top1
+            if self.process.is_first:
+                weights = self.learner.evaluated.state_dict()
+                save_checkpoint(self.folder.best, {"model": weights, "update": self.update, "top1": result.top1})
+
+    def _evaluated(self) -> EvaluationResult:
+        return evaluate(
+            self.learner.evaluated,
+            self.feed.evaluation_batches(),
+            self.feed.evaluation,
+            self.feed.data.classes,
+            self.process.device,
             self.recipe.precision,
         )
-        self._interval.start = time.perf_counter()
-        is_best, self.best = result.top1 > self.best, max(self.best, result.top1)
-        if not self.process.is_first:
-            return
-        row = {**result.to_dict(), "update": self.update, "epoch": self.update / self.updates_per_epoch}
-        row["skipped"] = len(result.skipped)
-        self.evaluations.add(row)
-        self.tensorboard.scalars("validation", {k: row[k] for k in _EVALUATION_COLUMNS[2:6]}, self.update)
-        watcher.line(f"epoch {row['epoch']:.2f}: {result}")
-        if is_best:
-            weights = self._evaluated_model().state_dict()
-            save_checkpoint(self.folder.best, {"model": weights, "update": self.update, "top1": result.top1})
 
-    def _workers(self, examples: Any) -> int:
-        return workers_for(self.recipe.data.workers, examples, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-    def _evaluated_model(self) -> nn.Module:
-        wanted = self.recipe.evaluation.weights
-        return self.average.module if self.average is not None and wanted != "raw" else self.model
-
-    def _evaluation_batches(self) -> EvaluationBatches:
-        return EvaluationBatches(
-            self.data.validation,
-            evaluation_transform(self.images),
-            batch_size=self.recipe.evaluation.batch_size or max(64, self.plan.microbatch_size),
-            rank=self.process.rank,
-            world_size=self.process.world_size,
-            workers=self._workers(self.data.validation),
-        )
-
-    def _prepared_for_evaluation(self, batch: Batch) -> Tensor:
-        return self.finish_unmixed(batch, device=self.device)[0].contiguous(memory_format=self.memory_format)
-
-    def _first_images(self) -> Tensor:
-        """Training images for a calibration on data, the same on every process."""
-        batches = EvaluationBatches(self.data.train, evaluation_transform(self.images), batch_size=128)
-        return self.finish_unmixed(next(iter(batches)))[0]
-
-    def _parallel(self) -> nn.Module:
-        if self.process.world_size == 1:
-            return self.model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=devices)
-
-    def _open_logs(self, stack: contextlib.ExitStack, watcher: Watcher) -> None:
-        self._state = ""
+    def _watch_signal(self) -> None:
         self.monitor: SignalMonitor | None = None
-        if not self.process.is_first:
-            return
-        kept = self.update or None
-        self.log = TableLog(self.folder.path / "log.csv", _LOG_COLUMNS, kept)
-        self.evaluations = TableLog(self.folder.path / "evaluations.csv", _EVALUATION_COLUMNS, kept)
-        folder = self.folder.path / "tensorboard" if self.recipe.log.tensorboard else None
-        self.tensorboard = TensorBoardLog(folder, kept)
-        stack.callback(self.tensorboard.close)
-        if self.recipe.log.signal_every is not None:
-            self.monitor = SignalMonitor(
-                self.model,
-                self._prepared_for_evaluation(next(iter(self._evaluation_batches_alone()))),
-                self.recipe.log.signal_every,
-                self.folder.path / "signal",
-                self._show_signal,
-            )
+        every = self.recipe.log.signal_every
+        if every is not None and self.process.is_first:
+            folder, images = self.folder.path / "signal", self.feed.signal_images()
+            self.monitor = SignalMonitor(self.learner.model, images, every, folder, self.journal.signal)
             if self.update == 0:
                 self.monitor(0)
 
-    def _evaluation_batches_alone(self) -> EvaluationBatches:
-        return EvaluationBatches(self.data.validation, evaluation_transform(self.images), batch_size=_SIGNAL_IMAGES)
-
-    def _show_signal(self, step: int, signal: Any) -> None:
-        if self.recipe.log.tensorboard:
-            from matplotlib.figure import Figure
-
-            figure = Figure(figsize=(13.0, 4.3), layout="constrained")
-            signal.plot(figure.subplots(1, 3))
-            self.tensorboard.figure("signal", figure, step)
-
-    def _announce(self, watcher: Watcher) -> None:
-        if not self.process.is_first:
-            return
-        recipe = self.recipe
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        train, validation = self.data.train, self.data.validation
-        assert train is not None
-        assert validation is not None
-        watcher.line(
-            f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, on {self.device}; {len(train)} training and "
-            f"{len(validation)} validation examples of {len(self.data.classes)} classes, {self.images.size} px"
-        )
-        for note in (*self.data.notes, *self.images.notes):
-            watcher.line(note)
-        watcher.line(f"{self.plan}; {self.updates} updates ({recipe.epochs:g} epochs)")
-        if recipe.optimizer.learning_rate_batch is not None:
-            section = recipe.optimizer
-            watcher.line(
-                f"learning rate {recipe.peak_learning_rate:g} = {section.learning_rate:g} × "
-                f"{recipe.batch_size} / {section.learning_rate_batch}"
-            )
-        watcher.line(f"{'going on at update ' + str(self.update) if self.update else 'writing'}: {self.folder.path}")
-
-    def _say_or_none(self) -> Say | None:
-        return self.say if self.process.is_first else _ignore
-
-    def _stop(self) -> None:
-        if self.process.is_first:
-            self._save()
+    def _stop(self, stop: StopRequest) -> None:
+        self._save()
         self.process.wait()
         raise TrainingInterrupted(
             f"stopped at update {self.update} of {self.updates} as asked; "
             f"normfree train --resume {self.folder.path} goes on",
-            self.stop_requested or unix_signals.SIGTERM,
+            stop.signal or 15,
         )
 
+    def _finish(self) -> TrainingResult:
+        evaluation = self.evaluation or self._evaluated()  # a finished run was gone on with
+        result = TrainingResult(self.folder.path, evaluation, self.updates, self.seconds, self.best)
+        self._save()
+        if self.process.is_first:
+            save_weights(self.learner.evaluated, self.folder.weights)
+            write_text(self.folder.result, json.dumps(without_non_finite(result.to_dict()), indent=1) + "\n")
+            self.journal.line(f"done: {result.evaluation}; weights in {self.folder.weights}")
+        self.process.wait()
+        return result
+
     def _save(self) -> None:
-        """The last checkpoint, by the first process, of a state that is worth keeping."""
-        self._saved_at = time.monotonic()
-        if not self.process.is_first:
-            return
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            return  # the next look at the loss ends the run
+        """The last checkpoint, by the first process, of a state that is worth keeping. Every process must ask."""
+        self.saved_at = time.monotonic()
+        losses = self.process.mean(torch.stack(self.interval.losses)).tolist() if self.interval.losses else []
+        skipped = int(self.process.sum(torch.tensor(self.skipped)))
+        if not self.process.is_first or not self.learner.is_finite():
+            return  # a state with NaN in it: the next look at the loss ends the run
         save_checkpoint(
             self.folder.last,
             {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-                "average": None if self.average is None else self.average.state_dict(),
+                **self.learner.state(),
                 "random": random_state(),
-                "update": self.update,
+                "updates_per_epoch": self.updates_per_epoch,
+                "is_settled": self.is_settled,
+                "losses": losses,
                 "best": self.best,
-                "skipped": self.skipped,
+                "skipped": skipped,
                 "seconds": self.seconds,
             },
         )
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.folder.last, self.device)
-        remove_leftovers(self.folder.checkpoints)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.average is not None and state["average"] is not None:
-            self.average.load_state_dict(state["average"])
+    def _check_data(self, state: dict[str, Any]) -> None:
+        classes, _ = self.folder.read_images()
+        if self.feed.data.classes != classes:
+            raise ResumeError(f"{self.folder.path}: the data has other classes than when the run began")
+        if state["updates_per_epoch"] != self.updates_per_epoch:
+            raise ResumeError(
+                f"{self.folder.path}: an epoch had {state['updates_per_epoch']} updates and now has "
+                f"{self.updates_per_epoch}, so its place in the data is lost; begin a new run with "
+                f"model.weights={self.folder.path}"
+            )
+        if state["update"] > self.updates:
+            raise ResumeError(
+                f"{self.folder.path}: it has made {state['update']} updates already, more than the {self.updates} of "
+                f"{self.recipe.epochs:g} epochs"
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
         restore_random_state(state["random"])
-        self.update, self.best, self.skipped = state["update"], state["best"], state["skipped"]
-        self.seconds_before = state["seconds"]
+        self.is_settled, self.best, self.seconds_before = state["is_settled"], state["best"], state["seconds"]
+        self.skipped = state["skipped"] if self.process.is_first else 0
+        device = self.process.device
+        self.interval.losses = [torch.tensor(loss, device=device, dtype=torch.float32) for loss in state["losses"]]
 
-
-@contextlib.contextmanager
-def _stop_on_signals(run: _Run) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask the run to save and stop after the update; a second Ctrl-C stops it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: unix_signals.getsignal(number) for number in (unix_signals.SIGTERM, unix_signals.SIGINT)}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if run.stop_requested and number == unix_signals.SIGINT:
-            raise KeyboardInterrupt
-        run.stop_requested = number
-
-    for number in before:
-        unix_signals.signal(number, request)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            unix_signals.signal(number, handler)
-
-
-def _ignore(line: str) -> None:
-    pass
+    def _begin_folder(self, is_resumed: bool) -> None:
+        if not is_resumed:
+            self.folder.start(self.recipe)
+        self._context.enter_context(self.folder.claimed())
+        self.folder.checkpoints.mkdir(exist_ok=True)
+        self.folder.clean()
+        self.folder.keep(self.recipe)
+        self.folder.write_images(self.feed.data.classes, self.feed.images)
+        self.folder.describe(self.process)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     section = recipe.optimizer
     groups = parameter_groups(model, section)
     device = next(model.parameters()).device.type
+    peak = recipe.peak_learning_rate
     optimizer = torch.optim.SGD(
-        [{**group, "lr": recipe.peak_learning_rate * group["rate"]} for group in groups],
-        lr=recipe.peak_learning_rate,
+        [{**group, "lr": peak * group["rate"], "initial_lr": peak * group["rate"]} for group in groups],
+        lr=peak,
         momentum=section.momentum,
         nesterov=section.nesterov,
         fused=device in ("cpu", "cuda"),
@@ -33,6 +34,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     if section.adaptive_clipping is not None:
         AdaptiveGradientClipping(optimizer, model, section.adaptive_clipping)
     return optimizer
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, section: OptimizerSection, updates: int, updates_per_epoch: float, update: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Sets the optimiser's rates for ``update``, and those of the next one with each ``step()``."""
+    factor = learning_rate_factor(section, updates, updates_per_epoch)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=update - 1)
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
@@ -84,21 +93,21 @@ def learning_rate_factor(section: OptimizerSection, updates: int, updates_per_ep
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of parameters and buffers.
+    """An exponential moving average of parameters and buffers; whole numbers are copied.
 
-    The decay grows to ``decay`` as (1 + n) / (10 + n) over the first n updates, so that the average forgets where it
-    started.
+    The average begins with the first update. From then on its decay is min(decay, (1 + n) / (10 + n)) at update n, so
+    that it forgets where it began.
     """
 
     @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        weight = 1.0 - min(decay, (1.0 + n) / (10.0 + n))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.to(average.dtype), weight)
-            else:
-                average.copy_(value)
+    def update(averages: list[Tensor], values: list[Tensor], n: Tensor) -> None:
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(averages, values)
+            return
+        weight = (9.0 / (10.0 + n)).clamp(min=1.0 - decay).to(averages[0].dtype)  # stays on its device: nobody waits
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(averages, steps)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,7 +46,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the examples come from, and how many of them are used."""
 
-    path: str = Field("digits", description="digits, a folder, Parquet file(s), WebDataset shards, or hub:NAME.")
+    path: str = Field(
+        "digits", min_length=1, description="digits, a folder, Parquet file(s), WebDataset shards, or hub:NAME."
+    )
     train: str | None = Field(None, description="Split, folder or file pattern of training; found if left out.")
     validation: str | None = Field(None, description="The same for validation.")
     image_column: str | None = None
@@ -144,7 +147,7 @@ class Recipe(Section):
     )
     calibrate: Literal["none", "theory", "data"] = Field("none", description="Of gains, before the first update.")
     device: str = Field("auto", description="auto: cuda where there is one, else cpu.")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     log: LogSection = LogSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -156,8 +159,14 @@ class Recipe(Section):
             raise ValueError(f"batch_size: {self.batch_size} is not a multiple of microbatch_size {micro}")
         if (self.augmentation.mixup or self.augmentation.cutmix) and (micro or self.batch_size) < 2:
             raise ValueError("augmentation: MixUp and CutMix mix examples and need microbatches of at least 2")
+        if self.augmentation.crop_scale[0] > self.augmentation.crop_scale[1]:
+            raise ValueError("augmentation.crop_scale: expected the smaller scale first")
         if self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
+        if self.evaluation.weights == "ema" and self.ema_decay is None:
+            raise ValueError("evaluation.weights: ema needs an ema_decay")
+        if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
+            raise ValueError("optimizer.final_learning_rate: it is above learning_rate")
         if self.optimizer.warmup_epochs > self.epochs:
             warmup = self.optimizer.warmup_epochs
             raise ValueError(f"optimizer.warmup_epochs: {warmup} is more than epochs {self.epochs}")
@@ -208,7 +217,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | None = None, overrides:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("; ".join(_explained(label, problem) for problem in error.errors())) from None
+        raise RecipeError("; ".join(_explained(label, error.errors()))) from None
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -257,7 +266,7 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str, dict[str,
         label = f"{shipped}.yaml"
         text = (_shipped_folder() / label).read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(text)
+        values = _parsed(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -269,17 +278,31 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str, dict[str,
     return label, values
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in version 1.2, and not a word."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Yaml)
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"expected key=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = _parsed(text)
     except yaml.YAMLError:
         value = text
     path = key.split(".")
-    if path in (["data"], ["model"]) and isinstance(value, str):
+    if path in (["data"], ["model"]) and not isinstance(value, dict):
         path.append("path" if key == "data" else "name")
+        value = text
     section = values
     for position, part in enumerate(path[:-1]):
         inner = section.get(part)
@@ -294,24 +317,48 @@ def _override(values: dict[str, Any], override: str) -> None:
     section[path[-1]] = value
 
 
-def _explained(label: str, problem: Any) -> str:
-    place = [str(part) for part in problem["loc"]]
-    where = f"{label}: {'.'.join(place)}" if place else label
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
-    if problem["type"] == "value_error":
-        return f"{label}: {problem['ctx']['error']}"
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{where}: {message}, got {problem['input']!r}"
+def _explained(label: str, problems: Sequence[Any]) -> list[str]:
+    """A sentence for each key; what a key might have been instead comes as one problem for each possibility."""
+    sentences: dict[str, list[str]] = {}
+    for problem in problems:
+        place = _place([str(part) for part in problem["loc"]])
+        where = f"{label}: {'.'.join(place)}" if place else label
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(place[:-1])
+            near = difflib.get_close_matches(place[-1], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            sentences[where] = [f"unknown key; {hint}"]
+        elif problem["type"] == "value_error":
+            sentences.setdefault(label, []).append(str(problem["ctx"]["error"]))
+        else:
+            sentences.setdefault(f"{where}: got {problem['input']!r}, expected", []).append(_expected(problem))
+    return [f"{where}: {' or '.join(found)}".replace("expected:", "expected") for where, found in sentences.items()]
+
+
+def _expected(problem: Any) -> str:
+    if problem["type"] == "missing":
+        return "one more value"
+    message: str = problem["msg"].removeprefix("Input should be ").removeprefix("String should have ")
+    if problem["type"].endswith(("_parsing", "_from_float")):
+        message = message.split(",")[0]  # "a valid integer, unable to parse string as an integer"
+    return re.sub(r" or instance of \w+Section$", "", message)
+
+
+def _place(parts: Sequence[str]) -> list[str]:
+    """The keys of a place, without the names that pydantic gives to the possibilities of a value."""
+    place: list[str] = []
+    for number, part in enumerate(parts):
+        is_last_and_unknown = number == len(parts) - 1 and bool(_keys_at(place))
+        if part in _keys_at(place) or part.isdecimal() or is_last_and_unknown:
+            place.append(part)
+    return place
 
 
 def _keys_at(place: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in place:
-        annotation = section.model_fields[part].annotation
+        field = section.model_fields.get(part)
+        annotation = None if field is None else field.annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
@@ -22,6 +24,7 @@ from .distributed import Process
 from .image_config import ImageConfig
 from .recipe import Recipe, RecipeError, differences, load_recipe
 
+_LEFTOVERS = (".*-*.yaml", ".*-*.json", ".*-*.csv", ".*-*.safetensors", "checkpoints/.*-*.pt")
 _PACKAGES = ("torch", "torchvision", "numpy", "datasets", "timm")
 
 
@@ -60,6 +63,10 @@ class RunFolder:
     def result(self) -> Path:
         return self.path / "result.json"
 
+    @property
+    def failure(self) -> Path:
+        return self.path / "failure"
+
     def write_images(self, classes: Sequence[str], images: ImageConfig) -> None:
         """Keeps what the data looked like, which evaluation needs however the data changes."""
         text = json.dumps({"classes": list(classes), "images": asdict(images)}, indent=1, ensure_ascii=False)
@@ -90,31 +97,82 @@ class RunFolder:
             raise ResumeError(f"{self.path} is no folder of a run: it has no recipe.yaml")
         return load_recipe(self.recipe)
 
-    def start(self, recipe: Recipe, process: Process) -> None:
-        """Makes the folder for a new run.
+    def check_free(self) -> None:
+        """Whether a new run may begin here.
+
+        Raises:
+            FileExistsError: there is something in it already.
+        """
+        if self.path.is_dir():
+            if all(file.name.startswith(".recipe-") for file in self.path.iterdir()):
+                return  # empty, or a run was killed before it had begun
+        elif not self.path.exists():
+            return
+        resume = f"; go on with it by --resume {self.path}" if self.recipe.is_file() else ""
+        raise FileExistsError(f"{self.path} is there already{resume}; nothing was overwritten")
+
+    def start(self, recipe: Recipe) -> None:
+        """Makes the folder for a new run; from then on it can be gone on with.
 
         Raises:
             FileExistsError: there is something in it already.
             OSError: it cannot be made.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            resume = f"; go on with it by --resume {self.path}" if self.recipe.is_file() else ""
-            raise FileExistsError(f"{self.path} is there already{resume}; nothing was overwritten")
-        self.checkpoints.mkdir(parents=True)
-        self.describe(process)
+        self.check_free()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.keep(recipe)
+
+    def keep(self, recipe: Recipe) -> None:
+        """Writes down what the run follows."""
         write_text(self.recipe, recipe.to_yaml())
+
+    def belongs_to(self, process: Process) -> bool:
+        """Whether this torchrun has made it, before it had to start its processes anew."""
+        if not process.launch or not process.restarts or not self.recipe.is_file():
+            return False
+        return any(start.get("launch") == process.launch for start in self._starts())
+
+    def clean(self) -> None:
+        """Removes what a process that was killed while it wrote has left beside its files."""
+        for pattern in _LEFTOVERS:
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other processes from working on the same run, until the end of the block or of this process.
+
+        Raises:
+            ResumeError: one does already.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (PermissionError, BlockingIOError):
+                raise ResumeError(f"{self.path} is being worked on by another process") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def _starts(self) -> list[dict[str, Any]]:
+        file = self.path / "run.json"
+        return json.loads(file.read_text(encoding="utf-8"))["starts"] if file.is_file() else []
 
     def describe(self, process: Process) -> None:
         """Adds this start, or this resumption, to ``run.json``."""
-        file = self.path / "run.json"
-        starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.is_file() else []
-        starts.append(provenance(process))
-        write_text(file, json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n")
+        starts = [*self._starts(), provenance(process)]
+        write_text(self.path / "run.json", json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n")
 
-    def follow(self, recipe: Recipe | None, force: bool) -> Recipe:
+    def recipe_to_follow(self, recipe: Recipe | None, force: bool) -> Recipe:
         """The recipe to go on with: the run's own, or ``recipe`` if it is the same or ``force`` says so.
 
         Raises:
+            ResumeError: this is no folder of a run.
             RecipeError: another recipe, and no ``force``; the message shows every difference.
         """
         own = self.read_recipe()
@@ -123,17 +181,16 @@ class RunFolder:
             return own
         if not force:
             raise RecipeError(f"{self.path} follows another recipe, so --force is needed: {'; '.join(changes)}")
-        write_text(self.recipe, recipe.to_yaml())
         return recipe
 
 
 def default_run_path(recipe: Recipe, process: Process) -> Path:
-    """``runs/MODEL-DATE-TIME``, the same on every process and, under torchrun, after every restart."""
+    """``runs/MODEL-DATE-TIME``; after a restart by torchrun, the run that it had begun. For the first process."""
     model = recipe.model.name.replace(":", "-").replace("/", "-")
-    stamp = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if stamp == "none" or process.world_size == 1:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path(process.same(f"runs/{model}-{stamp}"))
+    for begun in Path("runs").glob(f"{glob.escape(model)}-*"):
+        if RunFolder(begun).belongs_to(process):
+            return begun
+    return Path(f"runs/{model}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
 
 
 def provenance(process: Process) -> dict[str, Any]:
@@ -152,7 +209,9 @@ def provenance(process: Process) -> dict[str, Any]:
         "versions": versions,
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(process.device) if is_cuda else process.device.type,
+        "host": platform.node(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": process.world_size,
+        "launch": process.launch,
     }

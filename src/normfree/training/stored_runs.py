@@ -9,7 +9,7 @@ import torch
 
 from .augmentation import evaluation_transform
 from .building import build_model
-from .checkpoint import ResumeError, load_checkpoint
+from .checkpoint import ResumeError, evaluated_weights, load_checkpoint
 from .data import VALIDATION, EvaluationBatches, open_data
 from .distributed import this_process
 from .evaluation import EvaluationResult, evaluate
@@ -55,7 +55,7 @@ def evaluate_run(
             f"data: {section.path} has {len(opened.classes)} classes that are not the {len(classes)} of the run, "
             f"such as {next(iter(set(opened.classes) ^ set(classes)), opened.classes[0])!r}"
         )
-    model = build_model(recipe.model.model_copy(update={"weights": None}), len(classes), images.channels)
+    model = build_model(recipe.model, len(classes), images.channels, is_filled=False)
     model.load_state_dict(_weights(state, weights, recipe.evaluation.weights, checkpoint))
     finish = BatchFinisher(None, images, len(classes))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -81,10 +81,7 @@ def _weights(state: dict[str, Any], wanted: str, by_recipe: str, checkpoint: str
     if checkpoint == "best":
         if wanted != "auto":
             raise ResumeError("weights: the best checkpoint holds only the weights that were evaluated; use auto")
-        return state["model"]
-    average = state.get("average")
-    if wanted == "ema" and average is None:
+        return dict(state["model"])
+    if wanted == "ema" and state["average"] is None:
         raise ResumeError("weights: this run has no averaged weights; its recipe has no ema_decay")
-    if wanted == "raw" or average is None or (wanted == "auto" and by_recipe == "raw"):
-        return state["model"]
-    return {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
+    return evaluated_weights(state, is_raw=(by_recipe if wanted == "auto" else wanted) == "raw")

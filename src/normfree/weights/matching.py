@@ -40,9 +40,14 @@ class Slot:
 
 
 def classifier_tensors(model: nn.Module) -> set[int]:
-    """The ``id`` of every tensor of the model's classifier."""
-    classifier = getattr(model, "get_classifier", nn.Identity)()
-    return {id(tensor) for tensor in classifier.parameters()}
+    """The ``id`` of every tensor of the classifier: what ``get_classifier`` names, else the last linear layer."""
+    named: Callable[[], Any] | None = getattr(model, "get_classifier", None)
+    if named is not None:
+        parts = named()
+        layers = list(parts) if isinstance(parts, (list, tuple)) else [parts]
+    else:
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return {id(tensor) for layer in layers if isinstance(layer, nn.Module) for tensor in layer.parameters()}
 
 
 def match(

@@ -76,7 +76,7 @@ def load_weights(
     if isinstance(model, nn.Module):
         if path is None:
             raise TypeError("path: load_weights(model, path) needs the file's path")
-        _fill(model, read_safetensors(Path(path))[0], classifier)
+        fill(model, read_safetensors(Path(path))[0], classifier)
         return model
     tensors, metadata = read_safetensors(Path(model))
     if _METADATA_KEY not in metadata:
@@ -114,7 +114,12 @@ def _model_from_config(text: str, tensors: Mapping[str, Tensor]) -> ResidualNetw
     return model.eval()
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], classifier: Classifier) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], classifier: Classifier) -> None:
+    """Gives any module the tensors that bear the names of its own.
+
+    Raises:
+        CheckpointError: they do not fit; the model is as it was.
+    """
     assign(*_check(model, tensors, classifier))
 
 

@@ -1,0 +1,244 @@
+"""Bad input and bad luck: one clear error each, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import TINY, assert_same_state, learned, quiet, run, tiny
+
+from normfree import cli
+from normfree.training import TrainingStopped, train
+from normfree.training.checkpoint import load_checkpoint, save_checkpoint
+from normfree.training.run_folder import RunFolder
+from normfree.training.update import Learner
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny("epochs=1"), folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != ".lock"}
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error of ``normfree train …``, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["normfree", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out, captured.err
+
+
+def break_weights_after(monkeypatch: pytest.MonkeyPatch, update: int, value: float = float("nan")) -> None:
+    step = Learner.step
+
+    def stepping(self: Learner, *arguments: Any) -> Any:
+        result = step(self, *arguments)
+        if self.update == update:
+            next(self.model.parameters()).data[0] = value
+        return result
+
+    monkeypatch.setattr(Learner, "step", stepping)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_a_loss_that_is_not_finite(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    break_weights_after(monkeypatch, 5, value)
+    with pytest.raises(
+        TrainingStopped, match=r"the loss is (nan|inf) at update 6; the signal is in .*failure"
+    ) as error:
+        train(tiny("ema_decay=0.9", "checkpoint.every_epochs=0.25"), folder.path, say=quiet)
+    assert "adaptive_clipping may help" in str(error.value)
+    assert f"the last good state in {folder.last}" in str(error.value)
+    state = load_checkpoint(folder.last)
+    assert all(bool(tensor.isfinite().all()) for tensor in learned(state).values())
+    assert state["update"] == (4 if value != value else 5)
+    signal_file = json.loads((folder.failure / "signal.json").read_text())
+    assert len(signal_file["points"]) > 5
+    assert (folder.failure / "signal.png").read_bytes().startswith(b"\x89PNG")
+    assert not folder.result.exists()
+
+
+def test_a_loss_that_is_looked_at_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the loss is looked at with the log and before an evaluation: no NaN is kept, the update is named."""
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, batches, check=None: step(self, batches))
+    break_weights_after(monkeypatch, 5)
+    folder = RunFolder(tmp_path / "run")
+    settings = ("log.every=100", "checkpoint.every_epochs=0.25")
+    with pytest.raises(TrainingStopped, match="the loss is nan at update 6;"):
+        train(tiny(*settings), folder.path, say=quiet)
+    assert load_checkpoint(folder.last)["update"] == 4
+    assert load_checkpoint(folder.best)["update"] == 4
+
+
+def test_a_diverged_run_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        break_weights_after(patch, 5)
+        with pytest.raises(TrainingStopped):
+            train(tiny(), tmp_path / "run", say=quiet)
+    state = run(tiny("optimizer.learning_rate=0.01"), resume=tmp_path / "run", force=True)
+    assert state["update"] == 8
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    write, writes = torch.save, 0
+
+    def fills_up(state: Any, file: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes <= 2:  # one evaluation's best, one last
+            write(state, file)
+            return
+        file.write(b"half of it")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fills_up)
+        with pytest.raises(OSError, match=r"cannot write .*(No space left|PytorchStreamWriter).*untouched"):
+            train(tiny("evaluation.every_epochs=1"), folder.path, say=quiet)
+    assert load_checkpoint(folder.last)["update"] == 4
+    assert sorted(file.name for file in folder.checkpoints.iterdir()) == ["best.pt", "last.pt"]
+    assert_same_state(run(None, resume=folder.path), run(tiny(), tmp_path / "whole"))
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_checkpoint(path, {"number": 1})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, {"number": lambda: 2})
+    assert load_checkpoint(path)["number"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_folder_that_is_there_is_left_alone(finished: Path, tmp_path: Path) -> None:
+    before = contents(finished)
+    with pytest.raises(FileExistsError, match=f"is there already; go on with it by --resume {finished}; nothing was"):
+        train(tiny(), finished, say=quiet)
+    assert contents(finished) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text").write_text("mine")
+    with pytest.raises(FileExistsError, match="is there already; nothing was overwritten"):
+        train(tiny(), tmp_path / "notes", say=quiet)
+    with pytest.raises(FileExistsError):
+        train(tiny(), tmp_path / "notes" / "text", say=quiet)
+    assert contents(tmp_path / "notes") == {"text": b"mine"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".recipe-x.yaml").write_text("half a recipe of a process that was killed")
+    run(tiny("epochs=1"), tmp_path / "empty")
+    assert not (tmp_path / "empty" / ".recipe-x.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=nowhere"], "nowhere"),
+        (["batch_size=1000"], "has 64 examples, fewer than one batch of 1000"),
+        (["model=nf_resnet27"], "nf_resnet27.*did you mean"),
+        (["model.options.widht=0.5"], "model nf_resnet26: .*widht"),
+        (["model=skipinit_resnet26", "model.options.alpha=0.3"], "alpha"),
+        (["model=timm:resnet999"], "timm has no model"),
+        (["model=torchvision:resnet999"], "torchvision has no model"),
+        (["model=nowhere.py:make"], "there is no file nowhere.py"),
+        (["model=torch.nn:Identity", "model.options={}"], "nothing to train"),
+        (["model.recompute=true", "model=torchvision:resnet18", "model.options={}"], "has no set_grad_checkpointing"),
+        (["device=cuda:99"], "cuda:99 was asked for|no GPU"),
+        (["calibrate=theory", "model=torchvision:resnet18", "model.options={}"], "calibrate|layer"),
+        (["model.weights=nowhere.safetensors"], "nowhere.safetensors"),
+        (["optimizer.learning_rat=1"], "did you mean learning_rate"),
+    ],
+)
+def test_one_line_and_exit_code_2(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(tiny().to_yaml())
+    code, printed, errors = command(capsys, "train", str(recipe), *overrides, "--out", str(out))
+    assert code == 2
+    assert printed == ""
+    lines = errors.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert not out.exists()
+
+
+def test_errors_of_the_commands(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished)
+    cases = {
+        ("train", "--resume", str(tmp_path)): "is no folder of a run",
+        ("train", "--resume", str(finished), "epochs=2"): "--force is needed: epochs: 1.0 → 2.0",
+        ("train", "--out", str(finished)): "is there already",
+        ("train", "--resume", str(finished), "--out", str(tmp_path / "x")): "give out or resume, not both",
+        ("train", "digits", "cifar10"): "expected one recipe",
+        ("train", "digts"): "did you mean digits",
+        ("eval", str(tmp_path)): "is no folder of a run",
+        ("eval", str(finished), "--weights", "ema"): "this run has no averaged weights",
+        ("eval", str(finished), "--data", "nowhere"): "nowhere",
+        ("reproduce", "microbach"): "did you mean microbatch",
+        ("reproduce", "microbatch"): "needs --data",
+    }
+    for words, message in cases.items():
+        code, _, errors = command(capsys, *words)
+        assert code == 2, words
+        assert message in errors, words
+        assert len(errors.splitlines()) == 1, words
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_codes_of_signals(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Learner.step
+
+    def stepping(self: Learner, *arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", stepping)
+    out = tmp_path / "run"
+    found, _, errors = command(capsys, "train", *TINY, "--out", str(out))
+    assert found == code
+    assert errors.splitlines()[-1] == f"stopped at update 1 of 8 as asked; normfree train --resume {out} goes on"
+
+
+def test_ctrl_c_before_training_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normfree.training.loop.open_data", interrupted)
+    assert command(capsys, "train", *TINY)[0] == 130
+    assert not Path("runs").exists()
+
+
+def test_lost_checkpoint_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    last = copy / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    for words in (("train", "--resume", str(copy)), ("eval", str(copy))):
+        code, _, errors = command(capsys, *words)
+        assert (code, len(errors.splitlines())) == (2, 1)
+        assert "last.pt is no readable checkpoint" in errors
+    assert command(capsys, "eval", str(copy), "--checkpoint", "best")[0] == 0
