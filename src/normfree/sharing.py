@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._snapshot import Snapshot
-from .layers import ScaledBranch, SharedTensor, _StandardizedWeight, _WSConvTranspose
+from .layers import ScaledBranch
+from .layers.keeping import SharedTensor
+from .layers.standardized_weight import StandardizedWeight
+from .layers.transposed import WSConvTransposeNd
 from .standardize import Scale, _as_rows, _row_memory_is_dense
 from .together import Request, may_launch, standardize_together
 
@@ -138,14 +141,14 @@ class SharedStandardization:
         free = [(path, m) for path, m in self._model.named_modules() if getattr(m, "_shared", None) is None]
         scales: dict[int, _SharedScale] = {}
         for path, module in free:
-            if isinstance(module, ScaledBranch) and isinstance(module.last_layer(), _StandardizedWeight):
+            if isinstance(module, ScaledBranch) and isinstance(module.last_layer(), StandardizedWeight):
                 if module.skip_gain is None or getattr(module.last_layer(), "_shared", None) is not None:
                     continue
                 scale = _SharedScale(self, path, module)
                 scales[id(module.last_layer())] = scale
                 self._shared.append(scale)
         for path, module in free:
-            if isinstance(module, _StandardizedWeight):
+            if isinstance(module, StandardizedWeight):
                 self._shared.append(_SharedWeight(self, path, module, scales.get(id(module))))
         for shared in self._shared:
             shared.module._shared = shared
@@ -297,7 +300,7 @@ class _SharedWeight(_Shared):
 
     def may_launch(self) -> bool:
         """Whether the weight may be standardized together with others."""
-        is_transposed = isinstance(self.module, _WSConvTranspose)
+        is_transposed = isinstance(self.module, WSConvTransposeNd)
         return not is_transposed and may_launch(self.module.weight, self.module.gain, self.total_scale())
 
     def compute(self, launched: Tensor | None) -> None:

@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import EfficientChannelAttention, ScaledConv2d, SqueezeExcite, _ScaledWeight
+from ..layers import EfficientChannelAttention, ScaledConv2d, SqueezeExcite
+from ..layers.scaled_weight import ScaledWeight
 from ..signal.measure import _batches, _call, _plain_module, _to_model, _undisturbed, spp
 from ..signal.moments import ChannelMoments
 from ..signal.predict import PredictedTrace, predict_spp, propagate
@@ -117,7 +118,7 @@ def calibrated(
     model = copy.deepcopy(model)
     plain = _plain_module(model)
     layers = {path: module for path, module in plain.named_modules() if _is_calibrated(module)}
-    if not any(isinstance(module, _ScaledWeight) for module in layers.values()):
+    if not any(isinstance(module, ScaledWeight) for module in layers.values()):
         raise ValueError("model: it has no layer of normfree whose weight carries a scale; convert it first")
     if method == "theory":
         assert input_shape is not None
@@ -126,7 +127,7 @@ def calibrated(
 
 
 def _is_calibrated(module: nn.Module) -> bool:
-    return isinstance(module, (_ScaledWeight, SqueezeExcite, EfficientChannelAttention))
+    return isinstance(module, (ScaledWeight, SqueezeExcite, EfficientChannelAttention))
 
 
 @dataclass
@@ -143,8 +144,8 @@ class _Plan:
         """Notes a layer's output variance, and returns the factor on the output that it asks for."""
         if path not in self.variance:
             self.order.append(path)
-            if not isinstance(self.layers[path], _ScaledWeight):
-                owners = [p for p in self.order if isinstance(self.layers[p], _ScaledWeight)]
+            if not isinstance(self.layers[path], ScaledWeight):
+                owners = [p for p in self.order if isinstance(self.layers[p], ScaledWeight)]
                 if owners:
                     self.weight_before[path] = owners[-1]
         self.variance[path] = variance
@@ -156,7 +157,7 @@ class _Plan:
         total: dict[str, float] = {}
         for path in self.order:
             owner = self.weight_before.get(path, path)
-            if isinstance(self.layers[owner], _ScaledWeight):
+            if isinstance(self.layers[owner], ScaledWeight):
                 total[owner] = total.get(owner, 1.0) * self.seen(path, self.variance[path])
         return total
 
@@ -164,7 +165,7 @@ class _Plan:
         """The target of the stem's last layer, from what came of its output at the first block."""
         first = signal.points[0]
         inside = f"{first.name}."
-        weights = [path for path in self.order if isinstance(self.layers[path], _ScaledWeight)]
+        weights = [path for path in self.order if isinstance(self.layers[path], ScaledWeight)]
         entry = next((index for index, path in enumerate(weights) if path.startswith(inside)), 0)
         if first.kind == "stem" and entry > 0 and first.avg_channel_variance > _SMALLEST:
             last = weights[entry - 1]
@@ -308,7 +309,7 @@ def _apply(layers: Mapping[str, nn.Module], factors: Mapping[str, float]) -> Non
 def _left_alone(model: nn.Module) -> tuple[str, ...]:
     kinds = (nn.modules.conv._ConvNd,)
     plain = [path for path, module in model.named_modules() if isinstance(module, kinds)]
-    ours = {path for path, module in model.named_modules() if isinstance(module, _ScaledWeight)}
+    ours = {path for path, module in model.named_modules() if isinstance(module, ScaledWeight)}
     inside_gates = [
         path for path, module in model.named_modules() if isinstance(module, (SqueezeExcite, EfficientChannelAttention))
     ]
