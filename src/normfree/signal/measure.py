@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .graph import tensors_in
 from .moments import ChannelMoments
 from .propagation import Kind, SignalPoint, SignalPropagation
-from .trace import Merge, Trace, TraceResult, tensors_in
+from .record import Merge, TraceResult
+from .trace import Trace
 
 NormStatistics = Literal["batch", "running"]
 Batch = Any

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .graph import Node, is_mutable, name_of, scalar_value, tensors_in
+from .graph import Node, is_mutable, name_of, tensors_in
 from .measure import _default_label, _plain_module, _points, _undisturbed, spp
 from .moments import ChannelMoments
 from .propagation import SignalPoint, SignalPropagation
+from .record import TraceResult
+from .scalars import scalar_value
 from .shapes import shape_of_result
 from .theory.pointwise import is_elementwise, pointwise
 from .theory.rules import Call, Flow, NoRule, regrid, rule_of
 from .theory.state import State
 from .theory.weights import declares_weight
-from .trace import ModuleCall, Trace, TraceResult
+from .trace import Trace
 
 NormStatistics = Literal["batch", "running"]
 
@@ -445,6 +447,3 @@ def _on_meta(value: Any) -> Any:
 def _moments_of(squared_mean: float, variance: float) -> ChannelMoments:
     mean = torch.tensor([squared_mean], dtype=torch.float64).sqrt()
     return ChannelMoments(1, mean, torch.tensor([variance], dtype=torch.float64))
-
-
-__all__ = ["ModuleCall", "PredictedTrace", "PredictionError", "predict_spp", "propagate"]
