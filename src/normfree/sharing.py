@@ -17,8 +17,9 @@ from .layers import ScaledBranch
 from .layers.keeping import SharedTensor
 from .layers.standardized_weight import StandardizedWeight
 from .layers.transposed import WSConvTransposeNd
-from .standardize import Scale, _as_rows, _row_memory_is_dense
-from .together import Request, may_launch, standardize_together
+from .standardize import Scale
+from .standardize.ordinary import as_rows, row_memory_is_dense
+from .standardize.together import Request, may_launch, standardize_together
 
 _SAMPLES = 64
 
@@ -359,5 +360,5 @@ class _OtherScale:
 def _sample(tensor: Tensor) -> Tensor:
     """A few elements from everywhere in a tensor."""
     tensor = tensor.detach()
-    flat = (_as_rows(tensor) if tensor.numel() and _row_memory_is_dense(tensor) else tensor).flatten()
+    flat = (as_rows(tensor) if tensor.numel() and row_memory_is_dense(tensor) else tensor).flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()

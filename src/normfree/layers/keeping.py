@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._snapshot import Snapshot
-from ..standardize import Scale, looked_into
+from ..standardize import Scale
+from ..standardize.ordinary import ORDINARY, looked_into
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class KeepsWhatItComputes:
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._functorch.peek_interpreter_stack()
-            and all(type(source) in (nn.Parameter, Tensor) and not source.is_inference() for source in sources)
+            and all(type(source) in ORDINARY and not source.is_inference() for source in sources)
             and isinstance(sources[0], nn.Parameter)
         )
 

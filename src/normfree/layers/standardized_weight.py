@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..activation import Activation
 from ..gain import GainSource, gain
-from ..standardize import EpsMode, Scale, looked_into, standardize_weight
-from ..together import Request, may_launch, standardize_together
+from ..standardize import EpsMode, Scale, standardize_weight
+from ..standardize.ordinary import looked_into
+from ..standardize.together import Request, may_launch, standardize_together
 from .keeping import KeepsWhatItComputes
 from .scaled_weight import ScaledWeight
 
