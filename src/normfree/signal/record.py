@@ -71,7 +71,7 @@ class LayerOutput:
 
 @dataclass
 class TraceResult:
-    """What one forward pass showed."""
+    """What one forward pass showed, or several together."""
 
     merges: list[Merge] = field(default_factory=list)
     layers: list[LayerOutput] = field(default_factory=list)
@@ -79,6 +79,31 @@ class TraceResult:
     stem_shape: tuple[int, ...] = ()
     stem_moments: ChannelMoments | None = None
     stem_gradient: ChannelMoments | None = None
+
+    def add(self, new: TraceResult) -> None:
+        """Takes in another batch.
+
+        Raises:
+            ValueError: it has other merges or layers.
+        """
+        if len(self.merges) != len(new.merges) or len(self.layers) != len(new.layers):
+            raise ValueError(
+                f"model: it has {len(new.merges) or len(new.layers)} residual merges or layers on this batch and "
+                f"{len(self.merges) or len(self.layers)} on the ones before; they must be the same on all"
+            )
+        self.stem_moments = _both(self.stem_moments, new.stem_moments)
+        self.stem_gradient = _both(self.stem_gradient, new.stem_gradient)
+        for merge, other in zip(self.merges, new.merges, strict=True):
+            merge.moments = _both(merge.moments, other.moments)
+            merge.residual = merge.residual.merge(other.residual)
+            merge.gradient = _both(merge.gradient, other.gradient)
+        for layer, other_layer in zip(self.layers, new.layers, strict=True):
+            layer.moments = layer.moments.merge(other_layer.moments)
+            layer.gradient = _both(layer.gradient, other_layer.gradient)
+
+
+def _both(first: ChannelMoments | None, second: ChannelMoments | None) -> ChannelMoments | None:
+    return first.merge(second) if first is not None and second is not None else None
 
 
 def size_of(shape: tuple[int, ...], channels: int) -> tuple[int, int]:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from ..layers import EfficientChannelAttention, ScaledConv2d, SqueezeExcite
 from ..layers.scaled_weight import ScaledWeight
-from ..signal.measure import _batches, _call, _plain_module, _to_model, _undisturbed, spp
+from ..signal.batches import batches_of, call, to_model
+from ..signal.measure import spp
 from ..signal.moments import ChannelMoments
-from ..signal.predict import PredictedTrace, predict_spp, propagate
+from ..signal.predict import predict_spp, propagate
+from ..signal.predicted_trace import PredictedTrace
 from ..signal.propagation import SignalPropagation
+from ..signal.undisturbed import plain_module, undisturbed
 
 Method = Literal["theory", "data"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -116,7 +119,7 @@ def calibrated(
             raise ValueError("input_shape: method='theory' needs one, (C, H, W) or (N, C, H, W)")
         input_shape = tuple(inputs.shape)
     model = copy.deepcopy(model)
-    plain = _plain_module(model)
+    plain = plain_module(model)
     layers = {path: module for path, module in plain.named_modules() if _is_calibrated(module)}
     if not any(isinstance(module, ScaledWeight) for module in layers.values()):
         raise ValueError("model: it has no layer of normfree whose weight carries a scale; convert it first")
@@ -240,11 +243,11 @@ def _by_data(
         before = spp(model, batches, max_batches=max_batches)
     plan.aim_at_first_block(before)
     corrected = _Plan(layers, plan.target)
-    with _measuring(model, layers, corrected, scales=True), _undisturbed(model, "batch"), torch.no_grad():
-        for index, batch in enumerate(_batches(batches)):
+    with _measuring(model, layers, corrected, scales=True), undisturbed(model, "batch"), torch.no_grad():
+        for index, batch in enumerate(batches_of(batches)):
             if max_batches is not None and index >= max_batches:
                 break
-            _call(model, _to_model(batch, model))
+            call(model, to_model(batch, model))
     factors = corrected.factors()
     _apply(layers, factors)
     return CalibrationReport("data", before, spp(model, batches, max_batches=max_batches), factors, _left_alone(model))
