@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -244,9 +245,7 @@ def _by_data(
     plan.aim_at_first_block(before)
     corrected = _Plan(layers, plan.target)
     with _measuring(model, layers, corrected, scales=True), undisturbed(model, "batch"), torch.no_grad():
-        for index, batch in enumerate(batches_of(batches)):
-            if max_batches is not None and index >= max_batches:
-                break
+        for batch in itertools.islice(batches_of(batches), max_batches):
             call(model, to_model(batch, model))
     factors = corrected.factors()
     _apply(layers, factors)
@@ -258,14 +257,10 @@ class _Replay:
 
     def __init__(self, batches: Iterable[Any], max_batches: int | None):
         once = iter(batches) is batches
-        self._batches = [batch for batch, _ in zip(batches, _count(max_batches), strict=False)] if once else batches
+        self._batches = list(itertools.islice(batches, max_batches)) if once else batches
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
-
-
-def _count(limit: int | None) -> Iterable[int]:
-    return range(limit) if limit is not None else iter(int, 1)
 
 
 @contextlib.contextmanager
