@@ -11,7 +11,7 @@ from .linear import window_of
 from .offsets import offsets_between, offsets_of, window_shape
 from .rules import Call, NoRule, regrid, rules
 from .spread import averaged_over
-from .state import State, near_at
+from .state import State
 
 
 def averaged(state: State, window: Window, count_padding: bool) -> State:
@@ -31,10 +31,10 @@ def averaged(state: State, window: Window, count_padding: bool) -> State:
     steps = np.array(window.offsets)
     difference = steps[None, :, :] - steps[:, None, :]
     deviations = weights * np.sqrt(np.append(state.within, 0.0)[table])
-    within = np.einsum("pt,ts,ps->p", deviations, near_at(state, difference), deviations)
-    level = near_at(state, difference).sum()
+    within = np.einsum("pt,ts,ps->p", deviations, state.near_at(difference), deviations)
+    level = state.near_at(difference).sum()
     near = [
-        near_at(state, difference + np.array(offset) * np.array(window.stride)).sum() / max(level, 1e-300)
+        state.near_at(difference + np.array(offset) * np.array(window.stride)).sum() / max(level, 1e-300)
         for offset in offsets_of(target)
     ]
     far = state.far * float(window.taps) ** 2 / max(level, 1e-300)

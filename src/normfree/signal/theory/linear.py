@@ -16,7 +16,7 @@ from .grid import Array, Grid, Indices, Window
 from .offsets import offsets_of, window_shape
 from .rules import Call, NoRule, rules
 from .spread import Spread, at_offsets, middle, nothing
-from .state import State, near_at
+from .state import State
 from .weights import WeightMoments, of_declared, of_tensor
 
 
@@ -182,8 +182,7 @@ def _scatter(target: Grid, window: Window, channels: int) -> Array | None:
 def _strided_near(near: Array, state: State, target: Grid, stride: Sequence[int]) -> tuple[Array, float]:
     if all(step == 1 for step in stride) and near.shape == window_shape(target):
         return near, state.far
-    values = [state.near_at([d * s for d, s in zip(o, stride, strict=True)]) for o in offsets_of(target)]
-    return np.array(values).reshape(window_shape(target)), state.far
+    return state.near_at(np.array(offsets_of(target)) * np.array(stride)).reshape(window_shape(target)), state.far
 
 
 def _mixed_near(state: State, target: Grid, window: Window, pairs: Array) -> tuple[Array, float, float]:
@@ -191,10 +190,10 @@ def _mixed_near(state: State, target: Grid, window: Window, pairs: Array) -> tup
     steps = np.array(window.offsets)
     difference = steps[None, :, :] - steps[:, None, :]  # t' − t
     values = [
-        float((pairs * near_at(state, difference + np.array(offset) * np.array(window.stride))).sum())
+        float((pairs * state.near_at(difference + np.array(offset) * np.array(window.stride))).sum())
         for offset in offsets_of(target)
     ]
-    gain = float((pairs * near_at(state, difference)).sum())
+    gain = float((pairs * state.near_at(difference)).sum())
     scale = 1.0 / gain if gain > 0 else 0.0
     return np.array(values).reshape(window_shape(target)) * scale, state.far * float(pairs.sum()) * scale, gain
 

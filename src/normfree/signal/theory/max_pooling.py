@@ -16,7 +16,7 @@ from .offsets import offsets_between, offsets_of, window_shape
 from .quadrature import HERMITE, NODES, WEIGHTS, standardise, weighted_quantiles
 from .rules import Call, NoRule, regrid, rules
 from .spread import Spread, at_offsets, averaged_over
-from .state import State, near_at
+from .state import State
 
 
 @rules("max_pool2d_with_indices", "max_pool2d", "max_pool3d_with_indices", "max_pool1d_with_indices")
@@ -178,7 +178,7 @@ def _latent_levels(state: State, difference: Array) -> tuple[float, float]:
     if taps == 1:
         return across, across
     stand_in = State(state.grid, state.mean, state.cross, state.within, latent.near, latent.far)
-    near = near_at(stand_in, difference)
+    near = stand_in.near_at(difference)
     return float((near.sum() - np.trace(near)) / (taps * (taps - 1))), across
 
 

@@ -54,9 +54,9 @@ def upsample(call: Call) -> State:
     """Nearest: copies. Bilinear: a mean of two neighbours per axis, of variance 2/3 on average if uncorrelated."""
     x = call.args[0]
     inputs, outputs = tuple(x.shape[2:]), tuple(call.result.shape[2:])
-    state = regrid(call.state(x, inputs), outputs)
-    ratio = [m / n for n, m in zip(inputs, outputs, strict=True)]
     source = call.state(x, inputs)
+    state = regrid(source, outputs)
+    ratio = [m / n for n, m in zip(inputs, outputs, strict=True)]
     nearest = "nearest" in call.func._schema.name
     if not nearest and ("bilinear" not in call.func._schema.name or min(ratio) < 1.0):
         raise NoRule("only nearest and bilinear enlargement are known")

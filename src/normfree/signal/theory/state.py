@@ -177,12 +177,13 @@ class State:
         squared_mean = float(share @ self.mean) ** 2 + float(share @ self.cross @ share) + within
         return squared_mean, max(self.second_moment - squared_mean, 0.0)
 
-    def near_at(self, offset: Sequence[int]) -> float:
-        """Excess correlation at an offset."""
-        index = tuple(d + n // 2 for d, n in zip(offset, self.near.shape, strict=True))
-        if any(not 0 <= i < n for i, n in zip(index, self.near.shape, strict=True)):
-            return self.far
-        return float(self.near[index])
+    def near_at(self, offsets: Array) -> Array:
+        """Excess correlation at integer offsets (..., axes): (...)."""
+        centre = np.array([n // 2 for n in self.near.shape])
+        index = offsets.astype(int) + centre
+        inside = ((index >= 0) & (index < np.array(self.near.shape))).all(axis=-1)
+        safe = np.where(inside[..., None], index, centre)
+        return np.where(inside, self.near[tuple(np.moveaxis(safe, -1, 0))], self.far)
 
     # ---------------------------------------------------------------- distribution
 
@@ -294,15 +295,6 @@ class State:
             self.latent,
             self.values * factor + shift,
         )
-
-
-def near_at(state: State, offsets: Array) -> Array:
-    """``state.near`` at offsets (..., axes): (...); ``far`` beyond what it holds."""
-    centre = np.array([n // 2 for n in state.near.shape])
-    index = offsets.astype(int) + centre
-    inside = ((index >= 0) & (index < np.array(state.near.shape))).all(axis=-1)
-    safe = np.where(inside[..., None], index, centre)
-    return np.where(inside, state.near[tuple(np.moveaxis(safe, -1, 0))], state.far)
 
 
 def elementwise(function: Callable[[list[Array]], Array], states: Sequence[State]) -> State:
