@@ -101,7 +101,7 @@ class PredictedTrace(Trace):
 
         return with_scale
 
-    # ---------------------------------------------------------------- running without values
+    # running without values
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Parameters meet activations as shapes only; what parameters alone make of themselves is computed."""
@@ -179,7 +179,7 @@ class PredictedTrace(Trace):
         node = self._graph.node(tensor)
         return None if node is None else node.state
 
-    # ---------------------------------------------------------------- reading off
+    # reading off
 
     def _moments(self, tensor: Tensor, axis: int) -> ChannelMoments:
         """What the theory says the moments are, as those of two channels that have them on average."""

@@ -68,7 +68,7 @@ class Trace(TorchDispatchMode):
         self._measuring = False
         self.module_path = ""  # of the call that was running last: where a failing forward pass failed
 
-    # ---------------------------------------------------------------- inputs and module calls
+    # inputs and module calls
 
     def watch_inputs(self, inputs: Any) -> None:
         """Declares the tensors from which everything else descends."""
@@ -145,7 +145,7 @@ class Trace(TorchDispatchMode):
             unscaled = module.forward(*args, **{**kwargs, "output_scale": None})
             return self._moments(unscaled, self._axis(unscaled, node))
 
-    # ---------------------------------------------------------------- operations
+    # operations
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -226,7 +226,7 @@ class Trace(TorchDispatchMode):
                 if merge.pending is not None and self._graph.node(merge.pending) is node:
                     self._measure(merge, merge.pending)
 
-    # ---------------------------------------------------------------- merges
+    # merges
 
     def _find_merge(self, left: Any, right: Any) -> Merge | None:
         """The merge that an addition is, its branch measured; None if it is no residual merge."""
@@ -300,7 +300,7 @@ class Trace(TorchDispatchMode):
                 if merge in self._open:
                     self._open.remove(merge)
 
-    # ---------------------------------------------------------------- measuring
+    # measuring
 
     def _measure(self, merge: Merge, tensor: Tensor) -> None:
         axis = self._axis(tensor, self._graph.node(tensor), merge.axis)
@@ -366,7 +366,7 @@ class Trace(TorchDispatchMode):
         finally:
             self._measuring = before
 
-    # ---------------------------------------------------------------- gradients
+    # gradients
 
     def _want_gradient(self, tensor: Tensor, holder: Any, attribute: str, axis: int) -> None:
         if not self._gradients:

@@ -106,7 +106,7 @@ class State:
         if not self.parts:
             self.parts = {self: 1.0}
 
-    # ---------------------------------------------------------------- making one
+    # making one
 
     @classmethod
     def noise(cls, sizes: Sequence[int]) -> State:
@@ -134,7 +134,7 @@ class State:
         }
         return State(self.grid, mean, cross, within, **options)  # type: ignore[arg-type]
 
-    # ---------------------------------------------------------------- moments
+    # moments
 
     @property
     def variance(self) -> Array:
@@ -185,7 +185,7 @@ class State:
         safe = np.where(inside[..., None], index, centre)
         return np.where(inside, self.near[tuple(np.moveaxis(safe, -1, 0))], self.far)
 
-    # ---------------------------------------------------------------- distribution
+    # distribution
 
     @property
     def values(self) -> Array:
@@ -268,7 +268,7 @@ class State:
         unrelated = series(terms, tail, np.clip(share @ self.latent.cross @ share, -1.0, 1.0))
         return pairs, series(terms, tail, self.latent.near) - unrelated
 
-    # ---------------------------------------------------------------- elementwise
+    # elementwise
 
     def map(self, function: Callable[[Array], Array]) -> State:
         """An elementwise function of the activation."""
