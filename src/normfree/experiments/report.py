@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .._version import __version__
 from ..files import write_text
+from ..provenance import provenance
 from ..signal import SignalPropagation, plot_signals
 from ..signal.propagation import signals_csv, without_non_finite
 
@@ -25,8 +21,12 @@ class Claim:
     holds: bool
     evidence: str
 
+    @property
+    def verdict(self) -> str:
+        return "holds" if self.holds else "FAILS"
+
     def __str__(self) -> str:
-        return f"[{'holds' if self.holds else 'FAILS'}] {self.text}\n        {self.evidence}"
+        return f"[{self.verdict}] {self.text}\n        {self.evidence}"
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ class Report:
             "name": self.name,
             "title": self.title,
             "settings": self.settings,
-            "made_by": {
-                "command": " ".join(["normfree", *sys.argv[1:]]),
-                "normfree": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "processor": platform.machine(),
-                "threads": torch.get_num_threads(),
-            },
+            "made_by": provenance(),
             "claims": [asdict(claim) for claim in self.claims],
             "signals": [signal.to_dict() for signal in self.signals],
         }
