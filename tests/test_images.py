@@ -34,6 +34,16 @@ def test_images_of_every_mode(mode: str) -> None:
     assert decode_image(encoded(mode, kind=kind), 16).shape == (3, 16, 16)
 
 
+def test_sixteen_bits_are_eight_bits_with_more_of_them() -> None:
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    pictures = []
+    for values in (grey.astype(np.uint8), grey * 257):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        pictures.append(decode_image(buffer.getvalue(), 16))
+    assert torch.allclose(pictures[0], pictures[1], atol=1e-6)
+
+
 def test_the_centre_is_kept() -> None:
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 255

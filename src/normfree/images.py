@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,15 +91,11 @@ def decode_image(content: bytes, size: int) -> Tensor:
     Raises:
         ValueError: the bytes are no image that Pillow can read, or break off.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except UnidentifiedImageError:
-        raise ValueError("not an image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"corrupt image: {error}") from None
+    from .decoding import decode_image as decode
+
+    square = ImageOps.fit(decode(content), (size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 255.0
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     return (pixels - mean) / std

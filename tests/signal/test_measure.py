@@ -290,6 +290,22 @@ def test_the_branch_is_measured_before_its_scalars(gain: float, inplace: bool) -
         assert point.avg_channel_variance == pytest.approx(statistics(model(inputs))[1], rel=1e-5)
 
 
+class ScaledTwice(ScaledResidual):
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.f(x) * self.gain
+        branch *= 0.2
+        branch += 0.0
+        return x + branch
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_scaling_in_place_keeps_the_scale_before(gain: float) -> None:
+    model, inputs = ScaledTwice(gain, True), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = statistics(model.f(inputs))[1]
+    assert _stem_branch_point(model, inputs)[1] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["nf_resnet26", "nf_seresnet26", "skipinit_resnet26"])
 @pytest.mark.parametrize("skip_gain", [0.0, 0.5, 1.0])
 def test_scalars_in_the_weights_do_not_hide_the_branch(name: str, skip_gain: float) -> None:
@@ -379,6 +395,17 @@ class AttentionLogits(nn.Module):
 def test_attention_logits_are_no_merge(first: int | None) -> None:
     signal = nf.spp(AttentionLogits(first), torch.randn(2, 5, 8))
     assert [point.shape for point in signal.points] == [(2, 5, 8), (2, 5, 8)]
+
+
+class TwoSoftmaxes(AttentionLogits):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ x.transpose(1, 2) + self.relative(x)
+        return x + scores.softmax(dim=-1) @ x + scores.log_softmax(dim=-1) @ x
+
+
+def test_attention_logits_that_are_used_twice() -> None:
+    signal = nf.spp(TwoSoftmaxes(), torch.randn(2, 5, 8))
+    assert [point.shape for point in signal.points] == [(2, 5, 8)] * 3
 
 
 def test_layers_where_there_are_no_merges() -> None:

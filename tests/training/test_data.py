@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from normfree.decoding import decode_image
 from normfree.training.data import DataError, ImageData, UnreadableImage, open_data
-from normfree.training.data.decode import decode_image
 from normfree.training.recipe import DataSection
 
 

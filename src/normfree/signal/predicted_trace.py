@@ -124,14 +124,14 @@ class PredictedTrace(Trace):
         kwargs: Any,
         inputs: list[tuple[Tensor, Node]],
         result: Any,
-        unscaled: Any,
+        scale: tuple[float, ChannelMoments | None],
     ) -> None:
         tensor = next(tensors_in(result), None)
         is_view = tensor is not None and not is_mutable(func) and self._graph.node(tensor) is not None
         outcome = None
         if tensor is not None and not is_view:
             outcome = self._predict(func, args, kwargs, inputs, tensor)
-        super()._record(func, operation, args, kwargs, inputs, result, unscaled)
+        super()._record(func, operation, args, kwargs, inputs, result, scale)
         if outcome is None or tensor is None:
             return
         node = self._graph.node(tensor)

@@ -167,10 +167,10 @@ class Trace(TorchDispatchMode):
             merge = self._find_merge(args[0], args[1])
         if is_mutable(func):
             self._before_overwriting(operation, args, kwargs)
-        unscaled = self._before_scaling(func, args)
+        scale = scale_after(func, args, self._graph, self._before_scaling(func, args))  # in place, it hides its operand
         result = self._run(func, args, kwargs)
         if not is_constant(operation):
-            self._record(func, operation, args, kwargs, inputs, result, unscaled)
+            self._record(func, operation, args, kwargs, inputs, result, scale)
             if "softmax" in operation:
                 self._forget_attention(inputs)
             if merge is not None:
@@ -188,7 +188,7 @@ class Trace(TorchDispatchMode):
         kwargs: Any,
         inputs: list[tuple[Tensor, Node]],
         result: Any,
-        unscaled: Any,
+        scale: tuple[float, ChannelMoments | None],
     ) -> None:
         cost: float | None = None
         for tensor in tensors_in(result):
@@ -200,7 +200,7 @@ class Trace(TorchDispatchMode):
             node = self._graph.add(tensor, (node for _, node in inputs), cost, channel, tuple(self._stack))
             if node is None:
                 continue
-            node.scale, node.unscaled = scale_after(func, args, self._graph, unscaled)
+            node.scale, node.unscaled = scale
             if not self.result.merges and not self._layers:
                 self._tensors[node] = weakref.ref(tensor)
 
@@ -294,7 +294,7 @@ class Trace(TorchDispatchMode):
     def _forget_attention(self, inputs: list[tuple[Tensor, Node]]) -> None:
         """Scores that go straight into a softmax are attention logits, whatever was added to them."""
         for _, node in inputs:
-            merge = self._merge_of.get(node)
+            merge = self._merge_of.pop(node, None)
             if merge is not None:
                 self.result.merges.remove(merge)
                 if merge in self._open:

@@ -5,7 +5,3 @@ from __future__ import annotations
 
 class DataError(ValueError):
     """Data that cannot be trained on or measured with; the message names the place and the remedy."""
-
-
-class UnreadableImage(ValueError):
-    """One example whose image cannot be decoded; the message is the reason."""

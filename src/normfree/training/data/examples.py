@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .decode import decode_image, header_size, is_grey
-from .errors import UnreadableImage
+from ...decoding import UnreadableImage, decode_image, header_size, is_grey
 
 KEPT_BYTES = 512 * 2**20
 _SAMPLED_HEADERS = 256

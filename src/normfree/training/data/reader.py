@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...decoding import UnreadableImage
 from .batch import Batch, Request, Skipped
-from .errors import UnreadableImage
 from .examples import DecodedExamples
 from .keys import uniforms
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ...decoding import UnreadableImage, decode_image
 from ..recipe import DataSection
 from .columns import SUFFIXES, class_names, column_names, load, load_hub, place_of, with_rows
-from .decode import decode_image
-from .errors import DataError, UnreadableImage
+from .errors import DataError
 from .labels import check_classes, check_range, integer_labels
 from .locate import Kind, split_files
 from .opened import Split

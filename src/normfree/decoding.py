@@ -7,11 +7,13 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import UnreadableImage
-
 _MODES = {1: "L", 3: "RGB"}
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ORIENTATION = 0x0112
+
+
+class UnreadableImage(ValueError):
+    """One example whose image cannot be decoded; the message is the reason."""
 
 
 def decode_image(content: bytes, channels: int = 3) -> Image.Image:
