@@ -39,7 +39,7 @@ class ModelSection(Section):
 
     name: str = "nf_resnet26"
     options: dict[str, Any] = Field(default_factory=dict, description="Of the model, such as width: 0.25.")
-    weights: str | None = Field(None, description="Checkpoint to start from (fine-tuning): .safetensors, or a run.")
+    weights: str | None = Field(None, description="To start from (fine-tuning): folder of a run, or a file of tensors.")
     recompute: bool = Field(False, description="Compute every block again in the backward pass: less memory.")
 
 
@@ -159,6 +159,8 @@ class Recipe(Section):
             raise ValueError(f"batch_size: {self.batch_size} is not a multiple of microbatch_size {micro}")
         if (self.augmentation.mixup or self.augmentation.cutmix) and (micro or self.batch_size) < 2:
             raise ValueError("augmentation: MixUp and CutMix mix examples and need microbatches of at least 2")
+        if self.calibrate != "none" and self.model.weights is not None:
+            raise ValueError("calibrate: it sets the gains of fresh weights and would undo those of model.weights")
         if self.augmentation.crop_scale[0] > self.augmentation.crop_scale[1]:
             raise ValueError("augmentation.crop_scale: expected the smaller scale first")
         if self.optimizer.nesterov and not self.optimizer.momentum:
