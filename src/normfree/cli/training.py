@@ -28,7 +28,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a network by a recipe, on one process or under torchrun; go on with a run that was stopped."""
-    from .training.recipe import load_recipe, shipped_recipes
+    from ..training.recipe import load_recipe, shipped_recipes
 
     if recipes:
         print("\n".join(shipped_recipes()))
@@ -38,20 +38,20 @@ def train(
         raise ValueError(f"expected one recipe and KEY=VALUE, got {' and '.join(sources)}")
     recipe = None
     if resume is not None and not sources:
-        from .training.run_folder import RunFolder
+        from ..training.run_folder import RunFolder
 
         if overrides:
             recipe = load_recipe(RunFolder(resume).read_recipe().to_dict(), overrides)
     else:
         recipe = load_recipe(sources[0] if sources else None, overrides)
     if show:
-        from .training.run_folder import RunFolder
+        from ..training.run_folder import RunFolder
 
         shown = recipe if recipe is not None else RunFolder(resume or Path()).read_recipe()
         print(shown.to_yaml(), end="")
         return
-    from .training import TrainingInterrupted
-    from .training import train as run
+    from ..training import TrainingInterrupted
+    from ..training import train as run
 
     try:
         result = run(recipe, out, resume=resume, force=force)
@@ -73,7 +73,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a trained run: accuracy, loss, calibration error, classes one by one, speed."""
-    from .training import evaluate_run
+    from ..training import evaluate_run
 
     result = evaluate_run(run, data=data, checkpoint=checkpoint, weights=weights, batch_size=batch, device=device)
     if as_json:
