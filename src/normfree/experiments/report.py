@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,14 +59,19 @@ class Report:
             "name": self.name,
             "title": self.title,
             "settings": self.settings,
-            "made_by": {
-                "command": " ".join(["normfree", *sys.argv[1:]]),
-                "normfree": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "processor": platform.machine(),
-                "threads": torch.get_num_threads(),
-            },
+            "made_by": made_by(),
             "claims": [asdict(claim) for claim in self.claims],
             "signals": [signal.to_dict() for signal in self.signals],
         }
+
+
+def made_by() -> dict[str, Any]:
+    """What a number has to carry with it: command, versions, machine."""
+    return {
+        "command": shlex.join(["normfree", *sys.argv[1:]]),
+        "normfree": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

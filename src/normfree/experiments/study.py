@@ -19,6 +19,7 @@ from typing import Any
 
 from ..files import write_text
 from ..training.recipe import Recipe
+from .report import made_by
 
 Progress = Callable[[str], None]
 _GRACE = 120.0  # seconds that a run gets to save its state
@@ -210,7 +211,9 @@ class StudyReport:
         write_text(table, text.getvalue())
         write_text(numbers, json.dumps(without_non_finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n")
         note = f"\nNot finished: {self.missing}.\n" if self.missing else ""
-        write_text(words, f"# {self.title}\n\n{self.table}\n{note}")
+        origin = made_by()
+        how = f"`{origin['command']}`, normfree {origin['normfree']}, torch {origin['torch']}, {origin['processor']}"
+        write_text(words, f"# {self.title}\n\n{self.table}\n{note}\nMade by {how}.\n")
         return [picture, table, numbers, words]
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,6 +222,7 @@ class StudyReport:
             "name": self.name,
             "title": self.title,
             "settings": self.settings,
+            "made_by": made_by(),
             "missing": self.missing,
             "claims": [vars(claim) for claim in self.claims],
             "runs": [outcome.row() for outcome in self.outcomes],
