@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from normfree.provenance import processor
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def ratio(timing: Timing, baseline: Timing) -> float:
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

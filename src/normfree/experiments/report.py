@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .._version import __version__
 from ..files import write_text
+from ..provenance import provenance
 from ..signal import SignalPropagation, plot_signals
 from ..signal.propagation import signals_csv, without_non_finite
 
@@ -26,8 +21,12 @@ class Claim:
     holds: bool
     evidence: str
 
+    @property
+    def verdict(self) -> str:
+        return "holds" if self.holds else "FAILS"
+
     def __str__(self) -> str:
-        return f"[{'holds' if self.holds else 'FAILS'}] {self.text}\n        {self.evidence}"
+        return f"[{self.verdict}] {self.text}\n        {self.evidence}"
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,7 @@ class Report:
             "name": self.name,
             "title": self.title,
             "settings": self.settings,
-            "made_by": made_by(),
+            "made_by": provenance(),
             "claims": [asdict(claim) for claim in self.claims],
             "signals": [signal.to_dict() for signal in self.signals],
         }
-
-
-def made_by() -> dict[str, Any]:
-    """What a number has to carry with it: command, versions, machine."""
-    return {
-        "command": shlex.join(["normfree", *sys.argv[1:]]),
-        "normfree": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..provenance import provenance
 from ..training.recipe import Recipe
-from .report import made_by
+from .report import Claim
 
 Progress = Callable[[str], None]
 _GRACE = 120.0  # seconds that a run gets to save its state
@@ -185,7 +186,7 @@ class StudyReport:
     title: str
     outcomes: tuple[Outcome, ...]
     table: str
-    claims: tuple[Any, ...]
+    claims: tuple[Claim, ...]
     draw: Callable[[Any], None]
     settings: dict[str, Any]
     missing: str = ""
@@ -210,11 +211,23 @@ class StudyReport:
         writer.writerows(rows)
         write_text(table, text.getvalue())
         write_text(numbers, json.dumps(without_non_finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n")
-        note = f"\nNot finished: {self.missing}.\n" if self.missing else ""
-        origin = made_by()
-        how = f"`{origin['command']}`, normfree {origin['normfree']}, torch {origin['torch']}, {origin['processor']}"
-        write_text(words, f"# {self.title}\n\n{self.table}\n{note}\nMade by {how}.\n")
+        write_text(words, self._in_words())
         return [picture, table, numbers, words]
+
+    def _in_words(self) -> str:
+        """Markdown: the table, the claims, and what made the numbers."""
+        made_by, rates = provenance(), self.settings.get("learning_rates")
+        parts = [f"# {self.title}", self.table]
+        parts += ["\n".join(f"* {claim.verdict}: {claim.text} ({claim.evidence})" for claim in self.claims)]
+        if rates:
+            picked = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
+            parts.append(f"Learning rates for 256 examples, picked on training images that were held out: {picked}.")
+        parts += [f"Not finished: {self.missing}."] if self.missing else []
+        parts.append(
+            f"`{made_by['command']}`; {made_by['machine']}, {made_by['cores']} cores, torch "
+            f"{made_by['versions']['torch']}; the seed, the time and the recipe of every run are in its folder."
+        )
+        return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
@@ -222,7 +235,7 @@ class StudyReport:
             "name": self.name,
             "title": self.title,
             "settings": self.settings,
-            "made_by": made_by(),
+            "made_by": provenance(),
             "missing": self.missing,
             "claims": [vars(claim) for claim in self.claims],
             "runs": [outcome.row() for outcome in self.outcomes],

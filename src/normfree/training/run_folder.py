@@ -5,27 +5,21 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..files import write_text
+from ..provenance import provenance
 from .checkpoint import BEST, LAST, ResumeError
 from .distributed import Process
 from .image_config import ImageConfig
 from .recipe import Recipe, RecipeError, differences, load_recipe
 
 _LEFTOVERS = (".*-*.yaml", ".*-*.json", ".*-*.csv", ".*-*.safetensors", "checkpoints/.*-*.pt")
-_PACKAGES = ("torch", "torchvision", "numpy", "datasets", "timm")
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,13 @@ class RunFolder:
 
     def describe(self, process: Process) -> None:
         """Adds this start, or this resumption, to ``run.json``."""
-        starts = [*self._starts(), provenance(process)]
+        this = {
+            **provenance(process.device),
+            "host": platform.node(),
+            "processes": process.world_size,
+            "launch": process.launch,
+        }
+        starts = [*self._starts(), this]
         write_text(self.path / "run.json", json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n")
 
     def recipe_to_follow(self, recipe: Recipe | None, force: bool) -> Recipe:
@@ -191,27 +191,3 @@ def default_run_path(recipe: Recipe, process: Process) -> Path:
         if RunFolder(begun).belongs_to(process):
             return begun
     return Path(f"runs/{model}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
-
-
-def provenance(process: Process) -> dict[str, Any]:
-    """What a number has to carry with it: command, versions, machine."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    is_cuda = process.device.type == "cuda"
-    return {
-        "command": shlex.join(["normfree", *sys.argv[1:]]),
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "normfree": metadata.version("normfree"),
-        "versions": versions,
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(process.device) if is_cuda else process.device.type,
-        "host": platform.node(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": process.world_size,
-        "launch": process.launch,
-    }
