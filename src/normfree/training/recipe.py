@@ -77,7 +77,7 @@ class AugmentationSection(Section):
     crop_padding: Annotated[int, Field(ge=0)] = Field(4, description="Pixels on each side, for crop: padded.")
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     randaugment_operations: Annotated[int, Field(ge=0)] = Field(0, description="0 leaves RandAugment out.")
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="Of 30, as in torchvision.")
     mixup: NotNegative = Field(0.0, description="α of MixUp; with cutmix as well, each takes half of every batch.")
     cutmix: NotNegative = 0.0
 
