@@ -15,6 +15,7 @@ from tiny_runs import NET, assert_same_state, quiet, run, tiny
 from torch import Tensor, nn
 
 import normfree as nf
+from normfree.sources import load_model
 from normfree.training import RecipeError, TrainingInterrupted, evaluate_run, load_recipe, shipped_recipes, train
 from normfree.training.building import build_model, calibrated_model, fill_from
 from normfree.training.checkpoint import ResumeError, evaluated_weights, load_checkpoint
@@ -105,6 +106,19 @@ def test_other_classes(finished: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, own[name] if name.startswith("head.") else theirs[name]), name
     assert any(name.startswith("head.") for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_weights_of_others_for_other_classes(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    pretrained = load_model(name)
+    nf.save_weights(pretrained, tmp_path / "pretrained.safetensors")
+    model = build_model(tiny(f"model={{name: '{name}'}}").model, 10, 3)
+    (note,) = fill_from(model, str(tmp_path / "pretrained.safetensors"))
+    assert note.endswith("the classifier begins anew (fc.weight: expected shape (10, 512), got (1000, 512))")
+    theirs = pretrained.state_dict()
+    ours_now = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    assert differing(ours_now, {key: theirs[key] for key in ours_now}) == []
 
 
 def test_fine_tuning_a_run_on_other_classes(finished: Path, photographs: Path, tmp_path: Path) -> None:
