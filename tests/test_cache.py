@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import normfree as nf
-from normfree import layers
+from normfree.layers import standardized_weight
 
 
 @pytest.fixture
 def calls(monkeypatch):
     calls = []
-    original = layers.standardize_weight
-    monkeypatch.setattr(layers, "standardize_weight", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = standardized_weight.standardize_weight
+    monkeypatch.setattr(standardized_weight, "standardize_weight", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import normfree as nf
 from normfree._torchvision import import_timm
-from normfree.standardize import _composed, standardize_transposed_weight
+from normfree.standardize import standardize_transposed_weight
+from normfree.standardize.formula import composed
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda shape: math.prod(shape[1:]) > 1)
 
@@ -240,7 +241,7 @@ def test_the_fused_version_is_the_formula(layout, eps, eps_mode):
     gain, scale = float64(6, seed=1).requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     wanted = (weight, gain, scale)
     found = nf.standardize_weight(weight, gain, scale, eps, eps_mode)
-    expected = _composed(weight, gain, scale, eps, eps_mode)
+    expected = composed(weight, gain, scale, eps, eps_mode)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     if layout.startswith("channels_last"):
         assert found.stride() == weight.stride()
@@ -254,7 +255,7 @@ def test_the_fused_version_is_the_formula(layout, eps, eps_mode):
     for part in wanted:  # each alone
         others = [p.detach() for p in wanted]
         others[next(i for i, p in enumerate(wanted) if p is part)] = part
-        results = [rule(*others, eps, eps_mode) for rule in (nf.standardize_weight, _composed)]
+        results = [rule(*others, eps, eps_mode) for rule in (nf.standardize_weight, composed)]
         gradients = [torch.autograd.grad(result, part, upstream)[0] for result in results]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
 
@@ -276,7 +277,7 @@ def test_gradients_may_come_in_any_layout(upstream, layout):
     before = gradient.clone()
     found, expected = (
         torch.autograd.grad(rule(weight, gain, 1.7, 1e-4, "floor"), (weight, gain), gradient)
-        for rule in (nf.standardize_weight, _composed)
+        for rule in (nf.standardize_weight, composed)
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
     assert torch.equal(gradient, before)
@@ -293,9 +294,9 @@ def test_the_fused_version_is_as_exact_as_the_formula_in_single_precision(offset
         result = rule(leaf, None, 1.7, 1e-4, "floor")
         return result, torch.autograd.grad(result, leaf, upstream.to(dtype))[0]
 
-    exact = both(_composed, torch.float64)
+    exact = both(composed, torch.float64)
     for found, formula, truth in zip(
-        both(nf.standardize_weight, torch.float32), both(_composed, torch.float32), exact, strict=True
+        both(nf.standardize_weight, torch.float32), both(composed, torch.float32), exact, strict=True
     ):
         allowed = 3.0 * (formula - truth).abs().max() + 4e-7 * (1.0 + offset) * truth.abs().max()
         assert (found - truth).abs().max() < allowed
@@ -304,7 +305,7 @@ def test_the_fused_version_is_as_exact_as_the_formula_in_single_precision(offset
 def test_without_gain_and_under_a_learned_scale():
     weight, scale = float64(4, 9).requires_grad_(), torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     found = nf.standardize_weight(weight, None, scale)
-    expected = _composed(weight, None, scale, 1e-4, "floor")
+    expected = composed(weight, None, scale, 1e-4, "floor")
     upstream = float64(4, 9, seed=2)
     torch.testing.assert_close(
         torch.autograd.grad(found, (weight, scale), upstream), torch.autograd.grad(expected, (weight, scale), upstream)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import normfree as nf
-from normfree.standardize import _composed
-from normfree.together import Request, may_launch, standardize_together
+from normfree.standardize.formula import composed
+from normfree.standardize.together import Request, may_launch, standardize_together
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
@@ -58,7 +58,7 @@ def leaves(some):
 
 def formula(request):
     full = request.weight.float() if request.weight.dtype.itemsize == 2 else request.weight
-    result = _composed(full, request.gain, request.scale, request.eps, request.eps_mode)
+    result = composed(full, request.gain, request.scale, request.eps, request.eps_mode)
     return result.to(request.weight.dtype)
 
 
@@ -148,7 +148,7 @@ def test_a_network_with_and_without_the_kernel(monkeypatch):
 
 @needs_kernel
 def test_one_launch_for_all_layers(monkeypatch):
-    from normfree import triton_kernel
+    from normfree.standardize import triton_kernel
 
     launches = []
     original = triton_kernel._launch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._snapshot import Snapshot
-from .layers import _StandardizedWeight
+from .layers.standardized_weight import StandardizedWeight
 from .standardize import Scale
 
 
@@ -27,7 +27,7 @@ def recompute_standardization(model: nn.Module, enable: bool = True) -> None:
         enable: False turns it off again.
     """
     for module in model.modules():
-        if isinstance(module, _StandardizedWeight):
+        if isinstance(module, StandardizedWeight):
             module._recomputes = Recomputed if enable else None
 
 

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._snapshot import Snapshot
-from .layers import ScaledBranch, SharedTensor, _StandardizedWeight, _WSConvTranspose
-from .standardize import Scale, _as_rows, _row_memory_is_dense
-from .together import Request, may_launch, standardize_together
+from .layers import ScaledBranch
+from .layers.keeping import SharedTensor
+from .layers.standardized_weight import StandardizedWeight
+from .layers.transposed import WSConvTransposeNd
+from .standardize import Scale
+from .standardize.ordinary import as_rows, row_memory_is_dense
+from .standardize.together import Request, may_launch, standardize_together
 
 _SAMPLES = 64
 
@@ -138,14 +142,14 @@ class SharedStandardization:
         free = [(path, m) for path, m in self._model.named_modules() if getattr(m, "_shared", None) is None]
         scales: dict[int, _SharedScale] = {}
         for path, module in free:
-            if isinstance(module, ScaledBranch) and isinstance(module.last_layer(), _StandardizedWeight):
+            if isinstance(module, ScaledBranch) and isinstance(module.last_layer(), StandardizedWeight):
                 if module.skip_gain is None or getattr(module.last_layer(), "_shared", None) is not None:
                     continue
                 scale = _SharedScale(self, path, module)
                 scales[id(module.last_layer())] = scale
                 self._shared.append(scale)
         for path, module in free:
-            if isinstance(module, _StandardizedWeight):
+            if isinstance(module, StandardizedWeight):
                 self._shared.append(_SharedWeight(self, path, module, scales.get(id(module))))
         for shared in self._shared:
             shared.module._shared = shared
@@ -297,7 +301,7 @@ class _SharedWeight(_Shared):
 
     def may_launch(self) -> bool:
         """Whether the weight may be standardized together with others."""
-        is_transposed = isinstance(self.module, _WSConvTranspose)
+        is_transposed = isinstance(self.module, WSConvTransposeNd)
         return not is_transposed and may_launch(self.module.weight, self.module.gain, self.total_scale())
 
     def compute(self, launched: Tensor | None) -> None:
@@ -356,5 +360,5 @@ class _OtherScale:
 def _sample(tensor: Tensor) -> Tensor:
     """A few elements from everywhere in a tensor."""
     tensor = tensor.detach()
-    flat = (_as_rows(tensor) if tensor.numel() and _row_memory_is_dense(tensor) else tensor).flatten()
+    flat = (as_rows(tensor) if tensor.numel() and row_memory_is_dense(tensor) else tensor).flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()

@@ -9,7 +9,7 @@ from torch import nn
 
 import normfree as nf
 from normfree._torchvision import import_timm
-from normfree.signal.predict import PredictedTrace
+from normfree.signal.predicted_trace import PredictedTrace
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import normfree as nf
 from normfree.signal.moments import ChannelMoments
-from normfree.signal.predict import PredictedTrace
+from normfree.signal.predicted_trace import PredictedTrace
 from normfree.signal.theory import State
 
 torch.set_num_threads(1)

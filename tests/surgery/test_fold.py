@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import normfree as nf
-from normfree.layers import ScaledBranch, _StandardizedWeight
+from normfree.layers import ScaledBranch
+from normfree.layers.standardized_weight import StandardizedWeight
 
 MODELS = {
     "nf_resnet26": {},
@@ -37,7 +38,7 @@ def test_a_folded_network_is_the_network(name):
         folded.forward_head(folded.forward_features(x), pre_logits=True),
         model.forward_head(model.forward_features(x), pre_logits=True),
     )
-    assert not any(isinstance(module, _StandardizedWeight) for module in folded.modules())
+    assert not any(isinstance(module, StandardizedWeight) for module in folded.modules())
     assert all(module.skip_gain is None for module in folded.modules() if isinstance(module, ScaledBranch))
     assert not any(key.endswith(("gain", "skip_gain")) for key in folded.state_dict())
     assert not folded.training

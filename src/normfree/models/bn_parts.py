@@ -1,4 +1,4 @@
-"""What the BatchNorm families share: their convolution, and the last layer of a branch."""
+"""What the BatchNorm families share: their convolution, and BatchNorm beside an activation."""
 
 from __future__ import annotations
 

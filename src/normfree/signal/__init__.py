@@ -1,4 +1,5 @@
-from .diagnose import Diagnosis, Finding, diagnose
+from .diagnose import diagnose
+from .findings import Diagnosis, Finding
 from .measure import spp
 from .plot import plot_signals
 from .predict import PredictionError, predict_spp

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import flop_registry
@@ -226,12 +225,3 @@ def total_cost(node: Node, source: int) -> float:
                 seen.add(parent)
                 stack.append(parent)
     return total
-
-
-def scalar_value(value: Any, graph: Graph) -> float | None:
-    """The number in a Python scalar or a one-element tensor that does not descend from the input, else None."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, Tensor) and value.numel() == 1 and graph.node(value) is None and not value.is_meta:
-        return float(value.detach().double().item()) if value.dtype != torch.bool else None
-    return None

@@ -1,13 +1,11 @@
-"""Watching one forward pass: where two activations are added, which is the branch, and the signal there."""
+"""Watching one forward pass, operation by operation and call by call, and measuring the signal where it matters."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,97 +20,23 @@ from .graph import (
     default_channel_axis,
     is_constant,
     is_mutable,
-    lightest_path,
     name_of,
     operation_cost,
-    scalar_value,
     tensors_in,
-    total_cost,
 )
+from .merging import is_only_activated, paths_to_addition
 from .moments import ChannelMoments
+from .record import LayerOutput, Merge, ModuleCall, TraceResult
+from .scalars import about_to_be_erased, scalar_value, scale_after, without_scale
 
 aten = torch.ops.aten
+
 _ADDITIONS = {aten.add.Tensor, aten.add_.Tensor, aten.add.out}
-_SCALINGS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
-_DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
-_SHIFTS = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar, aten.sub.Tensor, aten.sub.Scalar}
-_BY_SCALARS = _SCALINGS | _DIVISIONS | _SHIFTS
-_COPIES = {aten._to_copy.default, aten.clone.default}
 # in place behind an addition, these are still part of the block: relu_(x + f(x))
 _ACTIVATIONS_IN_PLACE = (
     *("relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "silu_", "gelu_", "mish_", "sigmoid_", "tanh_"),
     *("hardtanh_", "hardswish_", "hardsigmoid_", "threshold_", "clamp_", "clamp_min_", "prelu_"),
 )
-
-
-@dataclass(eq=False, slots=True)
-class ModuleCall:
-    """One running or finished call of a module."""
-
-    path: str
-    first_node: int  # how many nodes there were when it began
-    input: Tensor | None  # its first tensor, held only until the first block is known
-    input_moments: ChannelMoments | None = None
-
-
-@dataclass(eq=False)
-class Merge:
-    """One addition of a residual branch to a skip path.
-
-    Attributes:
-        block: the call of the innermost module that holds the whole branch; None for the model itself.
-        branch_path: path of the module, directly below the block, that made the branch; "" if there is none.
-        identity: whether nothing was computed on the skip path and the shape is that of the block's input.
-        shape: of the block's output.
-        axis: of its channels.
-        moments: of the block's output.
-        residual: of the branch, divided by the scalars that it was multiplied with.
-        gradient: of the loss with respect to the block's output, if asked for.
-    """
-
-    block: ModuleCall | None
-    branch_path: str
-    identity: bool
-    shape: tuple[int, ...]
-    residual: ChannelMoments
-    node: Node
-    axis: int
-    pending: Tensor | None
-    moments: ChannelMoments | None = None
-    gradient: ChannelMoments | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Number of channels, and of elements: what a stage has in common."""
-        return _size(self.shape, self.shape[self.axis])
-
-
-@dataclass(eq=False)
-class LayerOutput:
-    """The output of one layer, for networks without residual merges."""
-
-    path: str
-    shape: tuple[int, ...]
-    axis: int
-    moments: ChannelMoments
-    gradient: ChannelMoments | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Number of channels, and of elements."""
-        return _size(self.shape, self.shape[self.axis])
-
-
-@dataclass
-class TraceResult:
-    """What one forward pass showed."""
-
-    merges: list[Merge] = field(default_factory=list)
-    layers: list[LayerOutput] = field(default_factory=list)
-    stem_path: str = ""
-    stem_shape: tuple[int, ...] = ()
-    stem_moments: ChannelMoments | None = None
-    stem_gradient: ChannelMoments | None = None
 
 
 class Trace(TorchDispatchMode):
@@ -144,7 +68,7 @@ class Trace(TorchDispatchMode):
         self._measuring = False
         self.module_path = ""  # of the call that was running last: where a failing forward pass failed
 
-    # ---------------------------------------------------------------- inputs and module calls
+    # inputs and module calls
 
     def watch_inputs(self, inputs: Any) -> None:
         """Declares the tensors from which everything else descends."""
@@ -221,7 +145,7 @@ class Trace(TorchDispatchMode):
             unscaled = module.forward(*args, **{**kwargs, "output_scale": None})
             return self._moments(unscaled, self._axis(unscaled, node))
 
-    # ---------------------------------------------------------------- operations
+    # operations
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -240,7 +164,7 @@ class Trace(TorchDispatchMode):
         operation = name_of(func)
         merge = None
         if func in _ADDITIONS and not self._layers:
-            merge = self._find_merge(args, kwargs)
+            merge = self._find_merge(args[0], args[1])
         if is_mutable(func):
             self._before_overwriting(operation, args, kwargs)
         unscaled = self._before_scaling(func, args)
@@ -276,51 +200,17 @@ class Trace(TorchDispatchMode):
             node = self._graph.add(tensor, (node for _, node in inputs), cost, channel, tuple(self._stack))
             if node is None:
                 continue
-            node.scale, node.unscaled = self._scale_after(func, args, unscaled)
+            node.scale, node.unscaled = scale_after(func, args, self._graph, unscaled)
             if not self.result.merges and not self._layers:
                 self._tensors[node] = weakref.ref(tensor)
 
-    def _scale_after(
-        self, func: Any, args: Any, unscaled: ChannelMoments | None
-    ) -> tuple[float, ChannelMoments | None]:
-        operand = self._scaled_operand(func, args)
-        if operand is None:
-            return 1.0, None
-        node, factor = operand
-        return node.scale * factor, unscaled or node.unscaled
-
-    def _scaled_operand(self, func: Any, args: Any) -> tuple[Node, float] | None:
-        """The activation and the scalar in a multiplication, division or addition by a scalar, or in a copy."""
-        if func in _COPIES:
-            node = self._graph.node(args[0])
-            return None if node is None else (node, 1.0)
-        if len(args) < 2 or func not in _BY_SCALARS:
-            return None
-        for operand, other in ((args[0], args[1]), (args[1], args[0])):
-            node = self._graph.node(operand) if isinstance(operand, Tensor) else None
-            value = scalar_value(other, self._graph) if node is not None else None
-            if node is None or value is None:
-                continue
-            if func in _SHIFTS:
-                return node, 1.0
-            if func in _DIVISIONS:
-                if operand is args[1] or value == 0.0:
-                    continue
-                value = 1.0 / value
-            # a constant above 1 amplifies, as the doubling of a gate does: it belongs to the branch
-            return None if abs(value) > 1.0 and not isinstance(other, Tensor) else (node, value)
-        return None
-
     def _before_scaling(self, func: Any, args: Any) -> ChannelMoments | None:
         """What a multiplication by zero is about to erase."""
-        if func not in _SCALINGS or self._layers:
+        found = None if self._layers else about_to_be_erased(func, args, self._graph)
+        if found is None:
             return None
-        operand = self._scaled_operand(func, args)
-        if operand is None or operand[1] != 0.0 or operand[0].scale == 0.0:
-            return None
-        tensor = next(tensor for tensor in tensors_in(args) if self._graph.node(tensor) is operand[0])
-        moments = self._moments(tensor, self._axis(tensor, operand[0]))
-        return _rescaled(moments, 1.0 / operand[0].scale)
+        tensor, node = found
+        return without_scale(self._moments(tensor, self._axis(tensor, node)), node.scale)
 
     def _before_overwriting(self, operation: str, args: Any, kwargs: Any) -> None:
         target = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("out")
@@ -336,51 +226,30 @@ class Trace(TorchDispatchMode):
                 if merge.pending is not None and self._graph.node(merge.pending) is node:
                     self._measure(merge, merge.pending)
 
-    # ---------------------------------------------------------------- merges
+    # merges
 
-    def _find_merge(self, args: Any, kwargs: Any) -> Merge | None:
+    def _find_merge(self, left: Any, right: Any) -> Merge | None:
         """The merge that an addition is, its branch measured; None if it is no residual merge."""
-        left, right = args[0], args[1]
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.shape != right.shape or left.ndim < 2:
+        paths = paths_to_addition(left, right, self._graph)
+        if paths is None:
             return None
-        if not (left.is_floating_point() and right.is_floating_point()):
-            return None
-        left_node, right_node = self._graph.node(left), self._graph.node(right)
-        if left_node is None or right_node is None or left_node is right_node:
-            return None
-        shared = left_node.ancestors & right_node.ancestors
-        if not shared:
-            return None
-        # the lightest way first: behind x + f(x) lies nothing, although f was computed
-        left_cost, right_cost = (
-            (lightest_path(node, shared), total_cost(node, shared)) for node in (left_node, right_node)
-        )
-        if left_cost == right_cost:
-            return None
-        left_is_branch = left_cost > right_cost
-        branch, branch_node = (left, left_node) if left_is_branch else (right, right_node)
-        skip, skip_node = (right, right_node) if left_is_branch else (left, left_node)
         # the skip path knows better: a branch may mix tokens with a linear layer, which is not its channel axis
-        axis = self._axis(skip, skip_node, self._known_axis(branch, branch_node))
-        residual = self._residual(branch, branch_node, axis)
-        block = self._block_of(branch_node, skip_node, shared)
+        axis = self._axis(paths.skip, paths.skip_node, self._known_axis(paths.branch, paths.branch_node))
+        residual = self._residual(paths.branch, paths.branch_node, axis)
+        block = paths.block(self._stack)
         for merge in self._open:
             if merge.block is block and merge.pending is not None:
                 self._measure(merge, merge.pending)
         if not self.result.merges:
-            self._measure_stem(block, shared, skip, axis)
-        fork, channels = self._fork(branch_node, shared), branch.shape[axis]
-        fork_channels = fork.channel[0] if fork.channel is not None else channels
+            self._measure_stem(block, paths.shared, paths.skip, axis)
         return Merge(
             block,
-            self._branch_path(branch_node, shared, block),
-            min(left_cost, right_cost)[0] == 0.0
-            and _size(fork.shape, fork_channels) == _size(tuple(branch.shape), channels),
-            tuple(branch.shape),
+            paths.branch_path(block),
+            paths.is_identity(axis),
+            tuple(paths.branch.shape),
             residual,
-            branch_node,
+            paths.branch_node,
             axis,
-            None,
         )
 
     def _residual(self, branch: Tensor, node: Node, axis: int) -> ChannelMoments:
@@ -389,48 +258,7 @@ class Trace(TorchDispatchMode):
         if scale == 0.0 and node.unscaled is not None:
             return node.unscaled
         moments = self._moments(branch, axis)
-        return moments if scale in (0.0, 1.0) else _rescaled(moments, 1.0 / scale)
-
-    @staticmethod
-    def _fork(branch: Node, shared: int) -> Node:
-        """The last of the shared nodes that the branch starts from."""
-        latest: Node | None = None
-        seen, stack = {branch}, [branch]
-        while stack:
-            for parent in stack.pop().parents:
-                if shared >> parent.index & 1:
-                    if latest is None or parent.index > latest.index:
-                        latest = parent
-                elif parent not in seen:
-                    seen.add(parent)
-                    stack.append(parent)
-        return latest or branch
-
-    def _block_of(self, branch: Node, skip: Node, shared: int) -> ModuleCall | None:
-        """The innermost running module that holds both paths from the fork on; None for the model itself.
-
-        A module that is only handed the branch, to call it and add, holds it in time but not in its path.
-        """
-        own = (branch.ancestors | skip.ancestors) & ~shared
-        first = (own & -own).bit_length() - 1
-        maker = branch.modules[-1].path if branch.modules else ""
-        for depth in range(len(self._stack) - 1, 0, -1):
-            call = self._stack[depth]
-            if call.first_node <= first and f"{maker}.".startswith(f"{call.path}."):
-                return call
-        return None
-
-    @staticmethod
-    def _branch_path(branch: Node, shared: int, block: ModuleCall | None) -> str:
-        """The module directly below the block that made the branch, seen from the branch's end."""
-        stack = [branch]
-        while stack:
-            node = stack.pop(0)
-            below = node.modules.index(block) + 1 if block in node.modules else 1
-            if below < len(node.modules):
-                return node.modules[below].path
-            stack.extend(parent for parent in node.parents if not shared >> parent.index & 1)
-        return ""
+        return moments if scale in (0.0, 1.0) else without_scale(moments, scale)
 
     def _add_merge(self, merge: Merge, result: Tensor) -> None:
         node = self._graph.node(result)
@@ -461,15 +289,7 @@ class Trace(TorchDispatchMode):
     def _only_activated(self, merge: Merge, output: Tensor) -> bool:
         """Whether a block's output is its merge, but for activations and normalisation."""
         node = self._graph.node(output)
-        if node is None or tuple(output.shape) != merge.shape:
-            return False
-        if not node.ancestors >> merge.node.index & 1:
-            return False
-        while node is not merge.node:
-            if node.cost or len(node.parents) != 1:
-                return False
-            node = node.parents[0]
-        return True
+        return node is not None and tuple(output.shape) == merge.shape and is_only_activated(node, merge.node)
 
     def _forget_attention(self, inputs: list[tuple[Tensor, Node]]) -> None:
         """Scores that go straight into a softmax are attention logits, whatever was added to them."""
@@ -480,7 +300,7 @@ class Trace(TorchDispatchMode):
                 if merge in self._open:
                     self._open.remove(merge)
 
-    # ---------------------------------------------------------------- measuring
+    # measuring
 
     def _measure(self, merge: Merge, tensor: Tensor) -> None:
         axis = self._axis(tensor, self._graph.node(tensor), merge.axis)
@@ -546,7 +366,7 @@ class Trace(TorchDispatchMode):
         finally:
             self._measuring = before
 
-    # ---------------------------------------------------------------- gradients
+    # gradients
 
     def _want_gradient(self, tensor: Tensor, holder: Any, attribute: str, axis: int) -> None:
         if not self._gradients:
@@ -586,18 +406,3 @@ def _keep_from_compiler() -> None:
 
 
 _watch = Trace.__torch_dispatch__
-
-
-def _size(shape: tuple[int, ...], channels: int) -> tuple[int, int]:
-    """What tells one stage from the next, in whatever layout: the number of channels, and of elements."""
-    return channels, math.prod(shape)
-
-
-def _rescaled(moments: ChannelMoments, factor: float) -> ChannelMoments:
-    return ChannelMoments(
-        moments.count,
-        moments.mean * factor,
-        moments.squared_deviation * factor**2,
-        moments.nan_count,
-        moments.inf_count,
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import EfficientChannelAttention, ScaledConv2d, SqueezeExcite, _ScaledWeight
-from ..signal.measure import _batches, _call, _plain_module, _to_model, _undisturbed, spp
+from ..layers import EfficientChannelAttention, ScaledConv2d, SqueezeExcite
+from ..layers.scaled_weight import ScaledWeight
+from ..signal.batches import batches_of, call, to_model
+from ..signal.measure import spp
 from ..signal.moments import ChannelMoments
-from ..signal.predict import PredictedTrace, predict_spp, propagate
+from ..signal.predict import predict_spp, propagate
+from ..signal.predicted_trace import PredictedTrace
 from ..signal.propagation import SignalPropagation
+from ..signal.undisturbed import plain_module, undisturbed
 
 Method = Literal["theory", "data"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -115,9 +120,9 @@ def calibrated(
             raise ValueError("input_shape: method='theory' needs one, (C, H, W) or (N, C, H, W)")
         input_shape = tuple(inputs.shape)
     model = copy.deepcopy(model)
-    plain = _plain_module(model)
+    plain = plain_module(model)
     layers = {path: module for path, module in plain.named_modules() if _is_calibrated(module)}
-    if not any(isinstance(module, _ScaledWeight) for module in layers.values()):
+    if not any(isinstance(module, ScaledWeight) for module in layers.values()):
         raise ValueError("model: it has no layer of normfree whose weight carries a scale; convert it first")
     if method == "theory":
         assert input_shape is not None
@@ -126,7 +131,7 @@ def calibrated(
 
 
 def _is_calibrated(module: nn.Module) -> bool:
-    return isinstance(module, (_ScaledWeight, SqueezeExcite, EfficientChannelAttention))
+    return isinstance(module, (ScaledWeight, SqueezeExcite, EfficientChannelAttention))
 
 
 @dataclass
@@ -143,8 +148,8 @@ class _Plan:
         """Notes a layer's output variance, and returns the factor on the output that it asks for."""
         if path not in self.variance:
             self.order.append(path)
-            if not isinstance(self.layers[path], _ScaledWeight):
-                owners = [p for p in self.order if isinstance(self.layers[p], _ScaledWeight)]
+            if not isinstance(self.layers[path], ScaledWeight):
+                owners = [p for p in self.order if isinstance(self.layers[p], ScaledWeight)]
                 if owners:
                     self.weight_before[path] = owners[-1]
         self.variance[path] = variance
@@ -156,7 +161,7 @@ class _Plan:
         total: dict[str, float] = {}
         for path in self.order:
             owner = self.weight_before.get(path, path)
-            if isinstance(self.layers[owner], _ScaledWeight):
+            if isinstance(self.layers[owner], ScaledWeight):
                 total[owner] = total.get(owner, 1.0) * self.seen(path, self.variance[path])
         return total
 
@@ -164,7 +169,7 @@ class _Plan:
         """The target of the stem's last layer, from what came of its output at the first block."""
         first = signal.points[0]
         inside = f"{first.name}."
-        weights = [path for path in self.order if isinstance(self.layers[path], _ScaledWeight)]
+        weights = [path for path in self.order if isinstance(self.layers[path], ScaledWeight)]
         entry = next((index for index, path in enumerate(weights) if path.startswith(inside)), 0)
         if first.kind == "stem" and entry > 0 and first.avg_channel_variance > _SMALLEST:
             last = weights[entry - 1]
@@ -239,11 +244,9 @@ def _by_data(
         before = spp(model, batches, max_batches=max_batches)
     plan.aim_at_first_block(before)
     corrected = _Plan(layers, plan.target)
-    with _measuring(model, layers, corrected, scales=True), _undisturbed(model, "batch"), torch.no_grad():
-        for index, batch in enumerate(_batches(batches)):
-            if max_batches is not None and index >= max_batches:
-                break
-            _call(model, _to_model(batch, model))
+    with _measuring(model, layers, corrected, scales=True), undisturbed(model, "batch"), torch.no_grad():
+        for batch in itertools.islice(batches_of(batches), max_batches):
+            call(model, to_model(batch, model))
     factors = corrected.factors()
     _apply(layers, factors)
     return CalibrationReport("data", before, spp(model, batches, max_batches=max_batches), factors, _left_alone(model))
@@ -254,14 +257,10 @@ class _Replay:
 
     def __init__(self, batches: Iterable[Any], max_batches: int | None):
         once = iter(batches) is batches
-        self._batches = [batch for batch, _ in zip(batches, _count(max_batches), strict=False)] if once else batches
+        self._batches = list(itertools.islice(batches, max_batches)) if once else batches
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
-
-
-def _count(limit: int | None) -> Iterable[int]:
-    return range(limit) if limit is not None else iter(int, 1)
 
 
 @contextlib.contextmanager
@@ -308,7 +307,7 @@ def _apply(layers: Mapping[str, nn.Module], factors: Mapping[str, float]) -> Non
 def _left_alone(model: nn.Module) -> tuple[str, ...]:
     kinds = (nn.modules.conv._ConvNd,)
     plain = [path for path, module in model.named_modules() if isinstance(module, kinds)]
-    ours = {path for path, module in model.named_modules() if isinstance(module, _ScaledWeight)}
+    ours = {path for path, module in model.named_modules() if isinstance(module, ScaledWeight)}
     inside_gates = [
         path for path, module in model.named_modules() if isinstance(module, (SqueezeExcite, EfficientChannelAttention))
     ]

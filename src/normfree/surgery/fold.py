@@ -11,14 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers import (
-    EfficientChannelAttention,
-    ScaledBranch,
-    SqueezeExcite,
-    _Convolution,
-    _ScaledWeight,
-    _WSConvTranspose,
-)
+from ..layers import EfficientChannelAttention, ScaledBranch, SqueezeExcite
+from ..layers.convolution import ScaledConvNd
+from ..layers.scaled_weight import ScaledWeight
+from ..layers.transposed import WSConvTransposeNd
 from ..standardize import Scale
 
 
@@ -44,13 +40,13 @@ def fold(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for block in [module for module in folded.modules() if isinstance(module, ScaledBranch)]:
             _fold_branch(block)
-        if isinstance(folded, _ScaledWeight):
+        if isinstance(folded, ScaledWeight):
             return _plain_layer(folded)
         called = _called_with_a_scale(folded)
         replacements: dict[nn.Module, nn.Module] = {}  # a layer that is used twice stays one layer
         for module in list(folded.modules()):
             for name, child in list(module._modules.items()):  # also what occurs a second time
-                if isinstance(child, _ScaledWeight):
+                if isinstance(child, ScaledWeight):
                     if child not in replacements:
                         replacements[child] = _plain_layer(child, child in called)
                     setattr(module, name, replacements[child])
@@ -67,7 +63,7 @@ def _fold_branch(block: ScaledBranch) -> None:
     last = block.last_layer()
     if isinstance(last, (SqueezeExcite, EfficientChannelAttention)):
         last.scale = last.scale * float(scale)
-    elif isinstance(last, _ScaledWeight):
+    elif isinstance(last, ScaledWeight):
         last._fold_scale = scale.detach().clone()  # type: ignore[union-attr, assignment]
     else:
         raise TypeError(f"model: cannot fold α and the skip gain into a {type(last).__name__}")
@@ -78,14 +74,14 @@ def _called_with_a_scale(model: nn.Module) -> set[nn.Module]:
     """The layers in modules, and in their lists and dictionaries of modules, whose code speaks of ``output_scale``."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, (ScaledBranch, _ScaledWeight)) or not _speaks_of_output_scale(type(module)):
+        if isinstance(module, (ScaledBranch, ScaledWeight)) or not _speaks_of_output_scale(type(module)):
             continue
         waiting = list(module.children())
         while waiting:
             child = waiting.pop()
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 waiting += child.children()
-            elif isinstance(child, _ScaledWeight):
+            elif isinstance(child, ScaledWeight):
                 found.add(cast(nn.Module, child))
     return found
 
@@ -101,17 +97,17 @@ def _speaks_of_output_scale(kind: type) -> bool:
     return False
 
 
-class _SamePadding2d(_Convolution, nn.Conv2d):
+class _SamePadding2d(ScaledConvNd, nn.Conv2d):
     """``nn.Conv2d`` that knows SAME padding at every stride, and takes ``output_scale``."""
 
     weight_scale = 1.0
 
 
-class _SamePadding1d(_Convolution, nn.Conv1d):
+class _SamePadding1d(ScaledConvNd, nn.Conv1d):
     weight_scale = 1.0
 
 
-class _SamePadding3d(_Convolution, nn.Conv3d):
+class _SamePadding3d(ScaledConvNd, nn.Conv3d):
     weight_scale = 1.0
 
 
@@ -195,7 +191,7 @@ def _without_weights(layer: Any, takes_scale: bool) -> tuple[nn.Module, nn.Modul
         "padding_mode": layer.padding_mode,
     }
     shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
-    if not isinstance(layer, _WSConvTranspose):
+    if not isinstance(layer, WSConvTransposeNd):
         conv: Any = (_SAME if same or takes_scale else _PLAIN)[dims](
             *shape, padding=0 if same else layer.padding, **options
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import _StandardizedWeight
+from ..layers.standardized_weight import StandardizedWeight as _StandardizedWeight
 from ..models import list_models
 from ..sources import load_model
 from ..surgery import calibrate

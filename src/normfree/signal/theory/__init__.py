@@ -1,5 +1,19 @@
-from . import linear, norms, pointwise, pooling  # their rules register themselves
+# the rules of these modules register themselves
+from . import attention, average_pooling, joining, linear, max_pooling, norms, pointwise, resizing
 from .rules import Call, NoRule, register_rule
 from .state import State
 
-__all__ = ["Call", "NoRule", "State", "linear", "norms", "pointwise", "pooling", "register_rule"]
+__all__ = [
+    "Call",
+    "NoRule",
+    "State",
+    "attention",
+    "average_pooling",
+    "joining",
+    "linear",
+    "max_pooling",
+    "norms",
+    "pointwise",
+    "register_rule",
+    "resizing",
+]

@@ -13,9 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from .grid import Array, Grid, Indices, Window
+from .offsets import offsets_of, window_shape
 from .rules import Call, NoRule, rules
 from .spread import Spread, at_offsets, middle, nothing
-from .state import State, offsets_of, window_shape
+from .state import State
 from .weights import WeightMoments, of_declared, of_tensor
 
 
@@ -181,8 +182,7 @@ def _scatter(target: Grid, window: Window, channels: int) -> Array | None:
 def _strided_near(near: Array, state: State, target: Grid, stride: Sequence[int]) -> tuple[Array, float]:
     if all(step == 1 for step in stride) and near.shape == window_shape(target):
         return near, state.far
-    values = [state.near_at([d * s for d, s in zip(o, stride, strict=True)]) for o in offsets_of(target)]
-    return np.array(values).reshape(window_shape(target)), state.far
+    return state.near_at(np.array(offsets_of(target)) * np.array(stride)).reshape(window_shape(target)), state.far
 
 
 def _mixed_near(state: State, target: Grid, window: Window, pairs: Array) -> tuple[Array, float, float]:
@@ -190,20 +190,12 @@ def _mixed_near(state: State, target: Grid, window: Window, pairs: Array) -> tup
     steps = np.array(window.offsets)
     difference = steps[None, :, :] - steps[:, None, :]  # t' − t
     values = [
-        float((pairs * _near_many(state, difference + np.array(offset) * np.array(window.stride))).sum())
+        float((pairs * state.near_at(difference + np.array(offset) * np.array(window.stride))).sum())
         for offset in offsets_of(target)
     ]
-    gain = float((pairs * _near_many(state, difference)).sum())
+    gain = float((pairs * state.near_at(difference)).sum())
     scale = 1.0 / gain if gain > 0 else 0.0
     return np.array(values).reshape(window_shape(target)) * scale, state.far * float(pairs.sum()) * scale, gain
-
-
-def _near_many(state: State, offsets: Array) -> Array:
-    centre = np.array([n // 2 for n in state.near.shape])
-    index = offsets.astype(int) + centre
-    inside = ((index >= 0) & (index < np.array(state.near.shape))).all(axis=-1)
-    safe = np.where(inside[..., None], index, centre)
-    return np.where(inside, state.near[tuple(np.moveaxis(safe, -1, 0))], state.far)
 
 
 def weight_moments(call: Call, weight: Tensor, bias: Any, groups: int = 1) -> WeightMoments:

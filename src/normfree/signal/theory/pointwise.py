@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .grid import Array
+from .quadrature import NODES
 from .rules import Call, NoRule, broadcast, rules
 from .spread import together
-from .state import _NODES, State, elementwise, from_values, sum_shape
+from .state import State, elementwise, from_values, sum_shape
 
 
 def is_elementwise(func: Any) -> bool:
@@ -107,7 +108,7 @@ def _slopes(call: Call, operands: Sequence[Tensor], states: list[State], functio
 
 _FINER = 8
 _FINE_PLACES = (np.arange(_FINER) + 0.5) / _FINER
-_FINE_WEIGHTS = np.exp(-0.5 * np.add.outer(_NODES[:-1], (_NODES[1] - _NODES[0]) * _FINE_PLACES).reshape(-1) ** 2)
+_FINE_WEIGHTS = np.exp(-0.5 * np.add.outer(NODES[:-1], (NODES[1] - NODES[0]) * _FINE_PLACES).reshape(-1) ** 2)
 _FINE_WEIGHTS /= _FINE_WEIGHTS.sum()
 
 

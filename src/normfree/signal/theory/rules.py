@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .grid import Grid
-from .state import State, delta
+from .offsets import delta
+from .state import State
 
 
 class NoRule(Exception):
@@ -48,6 +49,8 @@ class Call:
         examples: number of examples in the batch.
         module: the innermost module that is running.
         output_scale: scalar that the module was called with, to be carried by its weight.
+        raw_state: gives the state of an input as it is; None if nothing is known of it. See :meth:`state`.
+        axis_of: gives the channel axis of a tensor.
         wants_flows: whether gradients are asked for.
         flows: what a rule says of the gradient; see :meth:`flow`.
     """
@@ -63,7 +66,6 @@ class Call:
     axis_of: Callable[[Tensor], int]
     wants_flows: bool = True
     flows: list[Flow] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
         """A positional or keyword argument."""

@@ -24,7 +24,6 @@ Cov(f(z), g(z')) = Σ_{k≥1} a_k b_k ρ^k for latents of correlation ρ.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,30 +32,21 @@ from functools import cached_property
 import numpy as np
 
 from .grid import Array, Grid
-from .normal import ndtr
+from .offsets import delta
+from .quadrature import (
+    HERMITE,
+    NODES,
+    WEIGHTS,
+    is_gaussian,
+    mehler,
+    mehler_pairs,
+    series,
+    standardise,
+    weighted_quantiles,
+)
 from .spread import FOURTH, Spread, middle
 
-_NODES = np.linspace(-7.5, 7.5, 241)
-_WEIGHTS = np.exp(-0.5 * _NODES**2)
-_WEIGHTS /= _WEIGHTS.sum()
-_DEGREE = 32
-_TAIL = 3 * _DEGREE
-"""Power that the terms beyond the last degree are given together. For a function with a kink a_k² falls as
-k^(-5/2), and then this power gives the sum the right derivative at ρ = 1."""
 _TINY = 1e-30
-REACH = 3
-"""Offsets along each axis that are told apart; what lies further is taken as equally correlated."""
-
-
-def _hermite() -> Array:
-    """(nodes, degrees + 1): normalised Hermite polynomials times the nodes' weights."""
-    columns = [np.ones_like(_NODES), _NODES]
-    for k in range(2, _DEGREE + 1):
-        columns.append((_NODES * columns[-1] - np.sqrt(k - 1) * columns[-2]) / np.sqrt(k))
-    return np.stack(columns, axis=1) * _WEIGHTS[:, None]
-
-
-_HERMITE = _hermite()
 
 
 @dataclass(eq=False)
@@ -116,7 +106,7 @@ class State:
         if not self.parts:
             self.parts = {self: 1.0}
 
-    # ---------------------------------------------------------------- making one
+    # making one
 
     @classmethod
     def noise(cls, sizes: Sequence[int]) -> State:
@@ -144,7 +134,7 @@ class State:
         }
         return State(self.grid, mean, cross, within, **options)  # type: ignore[arg-type]
 
-    # ---------------------------------------------------------------- moments
+    # moments
 
     @property
     def variance(self) -> Array:
@@ -187,20 +177,21 @@ class State:
         squared_mean = float(share @ self.mean) ** 2 + float(share @ self.cross @ share) + within
         return squared_mean, max(self.second_moment - squared_mean, 0.0)
 
-    def near_at(self, offset: Sequence[int]) -> float:
-        """Excess correlation at an offset."""
-        index = tuple(d + n // 2 for d, n in zip(offset, self.near.shape, strict=True))
-        if any(not 0 <= i < n for i, n in zip(index, self.near.shape, strict=True)):
-            return self.far
-        return float(self.near[index])
+    def near_at(self, offsets: Array) -> Array:
+        """Excess correlation at integer offsets (..., axes): (...)."""
+        centre = np.array([n // 2 for n in self.near.shape])
+        index = offsets.astype(int) + centre
+        inside = ((index >= 0) & (index < np.array(self.near.shape))).all(axis=-1)
+        safe = np.where(inside[..., None], index, centre)
+        return np.where(inside, self.near[tuple(np.moveaxis(safe, -1, 0))], self.far)
 
-    # ---------------------------------------------------------------- distribution
+    # distribution
 
     @property
     def values(self) -> Array:
         """(cells, nodes): what the activation is at the nodes of its latent."""
         if self._values is None:
-            shape = _NODES if self.shape is None else self.shape
+            shape = NODES if self.shape is None else self.shape
             self._values = self.mean[:, None] + np.sqrt(self.variance)[:, None] * shape
         return self._values
 
@@ -219,7 +210,7 @@ class State:
         near, far = common + own * self.near, common + own * self.far
         if self.shape is not None:
             correlation = np.linspace(-1.0, 1.0, 201)
-            covariance = _mehler(_HERMITE.T @ self.shape, 1.0, correlation)
+            covariance = mehler(HERMITE.T @ self.shape, 1.0, correlation)
             order = np.maximum.accumulate(covariance)
             cross = np.interp(cross, order, correlation)
             near, far = np.interp(near, order, correlation), float(np.interp(far, order, correlation))
@@ -236,15 +227,15 @@ class State:
         if self.shape is not None:
             return self.shape
         if self._values is None:
-            return _NODES
+            return NODES
         average = np.sort(self.grid.share @ self._values) if _is_monotone(self._values) else self._quantiles()
-        average = average - _WEIGHTS @ average
-        scale = np.sqrt(_WEIGHTS @ average**2)
-        return average / scale if scale > 0 else _NODES
+        average = average - WEIGHTS @ average
+        scale = np.sqrt(WEIGHTS @ average**2)
+        return average / scale if scale > 0 else NODES
 
     def _quantiles(self) -> Array:
         values = self.grid.share @ self.values
-        return weighted_quantiles(values, _WEIGHTS)
+        return weighted_quantiles(values, WEIGHTS)
 
     def sampling(self, shift: float = 0.0) -> tuple[Array, Array]:
         """What C independent channels add to C times the scatter of the kernels of x − m + shift, by offset.
@@ -266,18 +257,18 @@ class State:
         if self.shape is None and self._values is None:
             return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
         values = self.standardised() if self._values is None else self.grid.share @ self._values
-        values = values - _WEIGHTS @ values
-        second = float(_WEIGHTS @ values**2)
+        values = values - WEIGHTS @ values
+        second = float(WEIGHTS @ values**2)
         if not second > 0.0:
             return pairs, 2.0 * (pairs - gaussian(np.asarray(common)))
         squares = (values * math.sqrt(part / second) + math.sqrt(1.0 - part)) ** 2
-        terms = (squares @ _HERMITE) ** 2
+        terms = (squares @ HERMITE) ** 2
         terms[0] = 0.0
-        tail, share = max(float(_WEIGHTS @ (squares - 1.0) ** 2) - float(terms.sum()), 0.0), self.grid.share
-        unrelated = _series(terms, tail, np.clip(share @ self.latent.cross @ share, -1.0, 1.0))
-        return pairs, _series(terms, tail, self.latent.near) - unrelated
+        tail, share = max(float(WEIGHTS @ (squares - 1.0) ** 2) - float(terms.sum()), 0.0), self.grid.share
+        unrelated = series(terms, tail, np.clip(share @ self.latent.cross @ share, -1.0, 1.0))
+        return pairs, series(terms, tail, self.latent.near) - unrelated
 
-    # ---------------------------------------------------------------- elementwise
+    # elementwise
 
     def map(self, function: Callable[[Array], Array]) -> State:
         """An elementwise function of the activation."""
@@ -304,23 +295,6 @@ class State:
             self.latent,
             self.values * factor + shift,
         )
-
-
-def delta(grid: Grid) -> Array:
-    """No correlation between neighbours."""
-    near = np.zeros(window_shape(grid))
-    near[tuple(n // 2 for n in near.shape)] = 1.0
-    return near
-
-
-def window_shape(grid: Grid) -> tuple[int, ...]:
-    """Offsets that are kept for a map."""
-    return tuple(2 * min(REACH, size - 1) + 1 for size in grid.sizes)
-
-
-def offsets_of(grid: Grid) -> list[tuple[int, ...]]:
-    """The offsets in the order of ``near``'s elements."""
-    return list(itertools.product(*(range(-(n // 2), n // 2 + 1) for n in window_shape(grid))))
 
 
 def elementwise(function: Callable[[list[Array]], Array], states: Sequence[State]) -> State:
@@ -352,18 +326,18 @@ def elementwise(function: Callable[[list[Array]], Array], states: Sequence[State
 
 def from_values(base: State, values: Array, latent: Latent) -> State:
     """The state of a function of ``latent`` that is known by its values at the nodes."""
-    coefficients = values @ _HERMITE  # (cells, degrees + 1)
+    coefficients = values @ HERMITE  # (cells, degrees + 1)
     mean = coefficients[:, 0]
-    variance = ((values - mean[:, None]) ** 2) @ _WEIGHTS
+    variance = ((values - mean[:, None]) ** 2) @ WEIGHTS
     tail = np.sqrt(np.maximum(variance - (coefficients[:, 1:] ** 2).sum(axis=1), 0.0))
-    cross = _mehler_pairs(coefficients, tail, latent.cross)
+    cross = mehler_pairs(coefficients, tail, latent.cross)
     share = base.grid.share
     squares = share @ coefficients[:, 1:] ** 2
     tail_square = float(share @ tail**2)
     terms = np.concatenate([[0.0], squares])
     common = float(share @ np.diagonal(cross))
-    same = _series(terms, tail_square, latent.near) - common
-    far = float(_series(terms, tail_square, np.array(latent.far)) - common)
+    same = series(terms, tail_square, latent.near) - common
+    far = float(series(terms, tail_square, np.array(latent.far)) - common)
     spread = None
     if latent.spread is not None and np.isfinite(values).all():
         mean, variance, cross, spread = _scattered(base, values, coefficients, terms, latent, variance, cross)
@@ -387,7 +361,7 @@ def _scattered(
     spread, share = latent.spread, base.grid.share
     assert spread is not None
     norm = middle(spread.norms) + 2.0 * spread.own
-    second = values**2 @ _HERMITE[:, [2, 4]]  # of the square, by cells
+    second = values**2 @ HERMITE[:, [2, 4]]  # of the square, by cells
     mean = coefficients[:, 0] + FOURTH * norm * coefficients[:, 4]
     moment = variance + coefficients[:, 0] ** 2 + FOURTH * norm * second[:, 1]
     shifted = np.maximum(moment - mean**2, 0.0)
@@ -407,67 +381,16 @@ def _scattered(
     return mean, shifted, cross, through
 
 
-def _mehler(coefficients: Array, variance: float, correlation: Array) -> Array:
-    squares = coefficients**2
-    squares[0] = 0.0
-    return _series(squares, max(variance - float(squares.sum()), 0.0), correlation)
-
-
-def _series(terms: Array, tail: float, correlation: Array) -> Array:
-    total = np.zeros_like(correlation)
-    for term in terms[::-1]:
-        total = total * correlation + term
-    return total + tail * np.sign(correlation) * np.abs(correlation) ** _TAIL
-
-
-def _mehler_pairs(coefficients: Array, tail: Array, correlation: Array) -> Array:
-    total = np.zeros_like(correlation)
-    largest = float(np.abs(correlation).max(initial=0.0))
-    if largest == 0.0:
-        return total
-    degree = coefficients.shape[1] - 1
-    if largest < 0.5:  # later powers are below rounding
-        degree = min(degree, math.ceil(-25.0 / math.log(largest)))
-    for k in range(degree, 0, -1):
-        column = coefficients[:, k]
-        total += column[:, None] * column
-        total *= correlation
-    return (
-        total if largest < 0.5 else total + np.outer(tail, tail) * np.sign(correlation) * np.abs(correlation) ** _TAIL
-    )
-
-
 def sum_shape(first: State, second: State) -> Array | None:
     """The standardised distribution of a sum of independent activations; None if it is Gaussian enough."""
     shapes = first.standardised(), second.standardised()
-    if all(_is_gaussian(shape) for shape in shapes):
+    if all(is_gaussian(shape) for shape in shapes):
         return None
     coarse = slice(0, None, 5)
-    weights = _WEIGHTS[coarse] / _WEIGHTS[coarse].sum()
+    weights = WEIGHTS[coarse] / WEIGHTS[coarse].sum()
     deviations = [np.sqrt(state.average_variance) for state in (first, second)]
     values = np.add.outer(shapes[0][coarse] * deviations[0], shapes[1][coarse] * deviations[1]).reshape(-1)
     return standardise(weighted_quantiles(values, np.outer(weights, weights).reshape(-1)))
-
-
-def standardise(values: Array) -> Array | None:
-    """Quantiles at the nodes shifted and scaled to mean 0 and variance 1; None if they are a Gaussian's."""
-    values = values - _WEIGHTS @ values
-    scale = np.sqrt(_WEIGHTS @ values**2)
-    if not scale > 0:
-        return None
-    values = values / scale
-    return None if _is_gaussian(values) else values
-
-
-def weighted_quantiles(values: Array, weights: Array) -> Array:
-    """(nodes,): the quantiles of a weighted sample at the normal distribution's levels of the nodes."""
-    order = np.argsort(values, kind="stable")
-    level = np.cumsum(weights[order]) - 0.5 * weights[order]
-    return np.interp(ndtr(_NODES), level, values[order])
-
-
-def _is_gaussian(shape: Array) -> bool:
-    return bool(_WEIGHTS @ (shape - _NODES) ** 2 < 1e-6)
 
 
 def _is_monotone(values: Array) -> bool:

@@ -136,9 +136,6 @@ def _is_diagonal(pairs: Array, samples: int | None = None) -> bool:
     return bool(off.max(initial=0.0) <= max(noise, _WEAK))
 
 
-# ---------------------------------------------------------------- weights without values
-
-
 def of_declared(shape: tuple[int, ...], module: nn.Module | None) -> WeightMoments:
     """The moments of a weight on the meta device: what its layer declares, what was noted when it was initialised
     (:func:`.without_weights`), or torch's default.

@@ -1,6 +1,7 @@
 """Scaled Weight Standardization of many weights in one launch, forward and backward, in Triton.
 
-The formula in :mod:`normfree.standardize` is the truth for both kernels; this module is imported only where Triton is.
+:func:`~normfree.standardize.formula.composed` is the truth for both kernels. This module is imported only where
+Triton is.
 """
 
 from __future__ import annotations

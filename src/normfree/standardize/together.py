@@ -9,9 +9,10 @@ from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .standardize import EpsMode, Scale, _composed, _row_memory_is_dense, looked_into
+from .formula import EpsMode, Scale, composed
+from .ordinary import ORDINARY, looked_into, row_memory_is_dense
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,8 +48,8 @@ def may_launch(weight: Tensor, gain: Tensor | None, scale: Scale) -> bool:
         and _has_triton()
         and weight.dtype in _DTYPES
         and weight.numel() > 0
-        and all(type(t) in (Tensor, nn.Parameter) and t.device == weight.device for t in tensors)
-        and _row_memory_is_dense(weight)
+        and all(type(t) in ORDINARY and t.device == weight.device for t in tensors)
+        and row_memory_is_dense(weight)
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # addresses travel from the host
     )
 
@@ -74,7 +75,7 @@ def _launch(requests: Sequence[Request]) -> Sequence[Tensor]:
 
 def _truth(weight: Tensor, factor: Tensor, eps: float, eps_mode: EpsMode) -> Tensor:
     full = weight.to(factor.dtype)
-    return _composed(full, factor, 1.0, eps, eps_mode).to(weight.dtype)
+    return composed(full, factor, 1.0, eps, eps_mode).to(weight.dtype)
 
 
 def _factors(requests: Sequence[Request]) -> Tensor:
