@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, assert_same_state, learned, quiet, run, tiny
+from PIL import Image
+from tiny_runs import TINY, assert_same_state, learned, quiet, run, table, tiny
 
 from normfree import cli
 from normfree.training import TrainingStopped, train
@@ -242,3 +246,117 @@ def test_lost_checkpoint_files(finished: Path, tmp_path: Path, capsys: pytest.Ca
         assert (code, len(errors.splitlines())) == (2, 1)
         assert "last.pt is no readable checkpoint" in errors
     assert command(capsys, "eval", str(copy), "--checkpoint", "best")[0] == 0
+
+
+def picture(path: Path, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def class_folders(root: Path, classes: str = "ab", count: int = 8, validation: str | None = None) -> Path:
+    for split, names in (("train", classes), ("val", validation or classes)):
+        for name in names:
+            for i in range(count):
+                picture(root / split / name / f"{i}.png")
+    return root
+
+
+def parquet(path: Path, labels: list[int | None]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = io.BytesIO()
+    Image.new("RGB", (12, 12)).save(content, "PNG")
+    images = [{"bytes": content.getvalue(), "path": None}] * len(labels)
+    pq.write_table(pa.table({"image": images, "label": pa.array(labels, pa.int64())}), path)
+    return path
+
+
+def no_image_can_be_read(root: Path) -> Path:
+    class_folders(root)
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    return root
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "an empty folder": (lambda root: root, "has no class folders, and no images"),
+    "one class": (lambda root: class_folders(root, "a"), "16 training examples .* one class|are of one class"),
+    "a class of validation alone": (
+        lambda root: class_folders(root, "ab", 8, "ac"),
+        "has a class 'c' that is not among",
+    ),
+    "a label below 0": (lambda root: parquet(root / "t.parquet", [0, 1, -1, 1] * 8), "has the label -1 .*count from 0"),
+    "a missing label": (lambda root: parquet(root / "t.parquet", [0, None, 1] * 8), "8 of 24 labels .* are missing"),
+    "no readable image": (no_image_can_be_read, "no readable image found in .*data"),
+    "no image that can be read, of a known mean": (no_image_can_be_read, "cannot be read as images; .*truncated"),
+    "too few for a batch": (lambda root: class_folders(root, "ab", 3), "has 6 examples, fewer than one batch of 16"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_DATA))
+def test_data_that_nothing_can_be_learned_from(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD_DATA[kind]
+    (tmp_path / "data").mkdir()
+    data = make(tmp_path / "data")
+    settings = [*TINY, f"data={{path: '{data}', size: 8, workers: 0}}"]
+    if "of a known mean" in kind:
+        settings += ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.2, 0.2, 0.2]"]
+    code, printed, errors = command(capsys, "train", *settings, "--out", str(tmp_path / "run"))
+    assert (code, printed) == (2, "")
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert errors.splitlines()[-1] == lines[0]
+    assert re.search(message, lines[0]), lines[0]
+    assert "Traceback" not in errors
+    if "of a known mean" not in kind:  # which shows only when images are read
+        assert len(errors.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_mixed_modes_and_sizes_and_a_few_broken_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained on all the same, and said."""
+    root = class_folders(tmp_path / "data", count=20)
+    for number, mode in enumerate(("L", "RGBA", "P", "1", "LA", "CMYK")):
+        ending = "tif" if mode == "CMYK" else "png"
+        picture(root / "train" / "a" / f"odd{number}.{ending}", (9 + 5 * number, 30), mode)
+    (root / "train" / "b" / "3.png").write_bytes(b"not an image at all")
+    (root / "val" / "a" / "5.png").write_bytes((root / "val" / "a" / "5.png").read_bytes()[:70])
+    settings = [*TINY, f"data={{path: '{root}', size: 8, workers: 0}}", "epochs=3"]
+    code, _, errors = command(capsys, "train", *settings, "--out", str(tmp_path / "run"))
+    assert code == 0, errors
+    assert "examples could not be read so far; others took their places" in errors
+    assert "1 not readable" in errors
+    assert table(tmp_path / "run" / "evaluations.csv")[-1][-2:] == ["39", "1"]
+    code, printed, errors = command(capsys, "eval", str(tmp_path / "run"))
+    assert code == 0
+    assert "39 examples" in printed
+    assert re.search(r"not readable: .*a.5\.png", errors)
+
+
+def test_a_recipe_for_another_model(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Going on with a run by the recipe of another one shows every difference, and changes nothing."""
+    before = contents(finished)
+    code, _, errors = command(capsys, "train", "imagenet_nf_regnet_b0", "--resume", str(finished))
+    assert (code, len(errors.splitlines())) == (2, 1)
+    for difference in (
+        "model.name: 'nf_resnet26' → 'nf_regnet_b0'",
+        "epochs: 1.0 → 360.0",
+        "ema_decay: None → 0.99999",
+        "model.options.stochastic_depth_rate: (not set) → 0.1",
+    ):
+        assert difference in errors
+    for forced in (["--force"], ["--force", "epochs=1", "batch_size=16", "data=digits"]):
+        code, _, errors = command(capsys, "train", "imagenet_nf_regnet_b0", *forced, "--resume", str(finished))
+        assert code == 2
+        assert len(errors.splitlines()) == 1
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "reproduce"])
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, errors = command(capsys, name, "--help")
+    assert (code, errors) == (0, "")
+    assert f"normfree {name}" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 120

@@ -82,6 +82,7 @@ def test_regnet_recipes_are_the_papers(level: int) -> None:
 def test_nfnet_recipe_clips_adaptively() -> None:
     recipe = load_recipe("imagenet_nfnet_f0")
     assert recipe.optimizer.adaptive_clipping == 0.01
+    assert (recipe.augmentation.randaugment_operations, recipe.augmentation.randaugment_magnitude) == (4, 15)
     with torch.device("meta"):
         assert build_model(recipe.model, 1000, 3).info.options["drop_rate"] == 0.2
 

@@ -27,7 +27,15 @@ def train(
     show: Annotated[bool, typer.Option("--show", help="Print the whole recipe, defaults included, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a network by a recipe, on one process or under torchrun; go on with a run that was stopped."""
+    """Train a network by a recipe, on one process or under torchrun; go on with a run that was stopped.
+
+    \b
+    normfree train                                          a real run on scikit-learn's digits
+    normfree train cifar10 data=FOLDER batch_size=2         a shipped recipe, changed
+    normfree train my.yaml --out runs/x                     a recipe of your own
+    normfree train --resume runs/x                          what was stopped goes on
+    torchrun --nproc-per-node 8 -m normfree train my.yaml   on eight processes
+    """
     from ..training.recipe import load_recipe, shipped_recipes
 
     if recipes:

@@ -21,15 +21,14 @@ from .recipe import ModelSection, Recipe
 from .run_folder import RunFolder
 
 
-def build_model(section: ModelSection, num_classes: int, channels: int, is_filled: bool = True) -> nn.Module:
-    """The network with a classifier for ``num_classes``, filled with ``section.weights`` if there are any.
+def build_model(section: ModelSection, num_classes: int, channels: int) -> nn.Module:
+    """The network of a recipe, with fresh weights and a classifier for ``num_classes``.
 
     Models of ours, timm and torchvision get the number of classes (and of channels, where it is not 3) as an option;
-    a callable gets the recipe's options as they are. Weights for other classes leave the new classifier alone.
-    ``is_filled=False`` leaves ``section.weights`` out, for a model that gets its weights elsewhere.
+    a callable gets the recipe's options as they are.
 
     Raises:
-        ValueError: a model that does not exist, options that it does not have, or weights that do not fit it.
+        ValueError: a model that does not exist, or options that it does not have.
     """
     options = dict(section.options)
     if section.name in list_models():
@@ -39,8 +38,6 @@ def build_model(section: ModelSection, num_classes: int, channels: int, is_fille
     elif section.name.startswith("torchvision:"):
         options = {"num_classes": num_classes, **options}
     model = load_model(section.name, **options)
-    if is_filled and section.weights is not None:
-        _fill(model, Path(section.weights))
     if section.recompute:
         set_recompute: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
         if set_recompute is None:
@@ -71,18 +68,44 @@ def calibrated_model(
         return calibrate(model, images(), method="data")
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """From a run, or from a file of tensors; a classifier for other classes is left alone."""
-    run = RunFolder(path)
-    if path.is_dir() and not run.weights.is_file():  # it has not come to its end
-        tensors = evaluated_weights(load_checkpoint(run.last))
-    else:
-        tensors = read_state_dict(run.weights if path.is_dir() else path)
+def fill_from(model: nn.Module, weights: str) -> list[str]:
+    """Gives a network the weights of a run or of a file; its classifier is left alone if theirs does not fit.
+
+    Args:
+        model: the network to fill.
+        weights: folder of a run, finished or not; or a file of tensors (``.safetensors``, or what ``torch.save``
+            made). Of a run, those that it evaluates.
+
+    Returns:
+        Sentences that say what was not taken, and why.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: weights that do not fit the network, or a file that cannot be read.
+    """
+    tensors = _tensors_from(Path(weights))
     try:
         fill(model, tensors, "load")
     except CheckpointError as error:
+        reason = _first_problem(error)
         try:
             fill(model, tensors, "keep")
-        except CheckpointError:
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise CheckpointError(f"model.weights: {path}: {' '.join(lines[:2])}") from None
+        except CheckpointError as other:
+            raise CheckpointError(f"model.weights: {weights} does not fit the model: {_first_problem(other)}") from None
+        return [f"weights of {weights}; the classifier begins anew ({reason})"]
+    return [f"weights of {weights}"]
+
+
+def _tensors_from(path: Path) -> dict[str, Tensor]:
+    run = RunFolder(path)
+    if not path.is_dir():
+        return read_state_dict(path)
+    if run.weights.is_file():
+        return read_state_dict(run.weights)
+    is_raw = run.read_recipe().evaluation.weights == "raw"  # it has not come to its end
+    return evaluated_weights(load_checkpoint(run.last), is_raw)
+
+
+def _first_problem(error: CheckpointError) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[min(1, len(lines) - 1)]

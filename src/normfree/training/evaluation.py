@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def evaluate(
         ValueError: no example, or logits that do not fit the classes.
     """
     import_torchvision()  # torchmetrics imports it, too
-    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics import MeanMetric, MetricCollection, SumMetric
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
     device = torch.device(device)
@@ -101,7 +102,8 @@ def evaluate(
         },
         compute_groups=False,
     ).to(device)
-    mean_loss = MeanMetric().to(device)
+    mean_loss, seen = MeanMetric().to(device), SumMetric().to(device)
+    seen.update(0)
     modes = {module: module.training for module in model.modules()}
     skipped, start = [], time.perf_counter()
     model.eval()
@@ -110,6 +112,7 @@ def evaluate(
             skipped += list(batch.skipped)
             if not len(batch.images):
                 continue
+            seen.update(len(batch.images))
             targets = batch.targets.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = model(prepare(batch))
@@ -122,14 +125,16 @@ def evaluate(
         model.train(modes[model])  # layers let go of what they keep in evaluation
         for module, mode in modes.items():
             module.training = mode
-    computed = metrics.compute()
+    if not int(seen.compute()):
+        raise ValueError("evaluation: there is no example that could be read")
+    with warnings.catch_warnings():  # a process whose own share is empty
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+        computed, loss = metrics.compute(), float(mean_loss.compute())
     scores = computed["scores"].reshape(-1, 5)  # true and false positives, true and false negatives, support
     examples = int(scores[:, 4].sum())
-    if not examples:
-        raise ValueError("evaluation: there is no example that could be read")
     return EvaluationResult(
         examples=examples,
-        loss=float(mean_loss.compute()),
+        loss=loss,
         top1=100.0 * float(computed["top1"]),
         top5=100.0 * float(computed["top5"]),
         calibration_error=100.0 * float(computed["calibration_error"]),

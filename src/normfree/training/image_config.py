@@ -54,7 +54,8 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
     evaluation, and they are normalised with their own mean and standard deviation, measured on a fixed sample.
 
     Raises:
-        DataError: ``mean`` or ``std`` of the recipe does not have a value for each channel.
+        DataError: ``mean`` or ``std`` of the recipe does not have a value for each channel, or they have to be
+            measured and no image can be read.
     """
     for name, values in (("mean", section.mean), ("std", section.std)):
         if values is not None and len(values) != data.channels:
@@ -76,6 +77,9 @@ def resolve_images(section: DataSection, data: ImageData, model: nn.Module | Non
         training = data.training_examples()
         examples = measured if training is None else training
         images = _sample(examples, _SAMPLE) if examples is not None else []
+        if not images:
+            place = "" if examples is None else f" in {examples.name}"
+            raise DataError(f"data: no readable image found{place} among those that are looked at for their mean")
         mean, std = _measured([as_pixels(image) for image in images])
         notes.append(f"images: mean {_shown(mean)} and standard deviation {_shown(std)} of {len(images)} of them")
     return ImageConfig(

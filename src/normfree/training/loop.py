@@ -18,7 +18,7 @@ from ..files import write_text
 from ..signal import spp
 from ..signal.propagation import without_non_finite
 from ..weights import save_weights
-from .building import build_model, calibrated_model
+from .building import build_model, calibrated_model, fill_from
 from .checkpoint import ResumeError, load_checkpoint, random_state, restore_random_state, save_checkpoint
 from .data import Batch, open_data
 from .distributed import Process, plan_batches, this_process
@@ -136,7 +136,9 @@ class _Run:
         self.plan = plan_batches(recipe.batch_size, recipe.microbatch_size, process.world_size)
         data = open_data(recipe.data, recipe.seed)
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe.model, len(data.classes), data.channels, is_filled=state is None)
+        model = build_model(recipe.model, len(data.classes), data.channels)
+        weights = recipe.model.weights if state is None else None  # a run that is gone on with has its own
+        self.notes = [] if weights is None else fill_from(model, weights)
         images = resolve_images(recipe.data, data, model)
         self.feed = Feed(recipe, data, images, self.plan, process)
         self.updates_per_epoch = self.feed.updates_per_epoch
@@ -180,7 +182,10 @@ class _Run:
             stop_on_signals() as stop,
             Journal(self.recipe, self.folder, self.process, self.update, self.updates, say) as self.journal,
         ):
-            for line in introduction(self.recipe, self.learner.model, self.feed, self.plan, self.updates):
+            for line in [
+                *introduction(self.recipe, self.learner.model, self.feed, self.plan, self.updates),
+                *self.notes,
+            ]:
                 self.journal.line(line)
             going_on = f"going on at update {self.update} of {self.updates}" if self.update else "writing"
             self.journal.line(f"{going_on}: {self.folder.path}")

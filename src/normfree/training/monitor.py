@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..files import write_text
@@ -31,13 +30,16 @@ class SignalMonitor:
 
     Args:
         model: any module.
-        inputs: what :func:`normfree.spp` takes: a tensor or an iterable of batches.
+        inputs: what :func:`normfree.spp` takes: a tensor or an iterable of batches, the same for every measurement.
         every: steps between two measurements; step 0 is measured.
         folder: gets ``step-00000500.json`` and ``.png`` for each measurement; None writes nothing.
         on_signal: called with the step and the signal.
 
     Attributes:
         signals: every measurement that was made, as (step, signal).
+
+    Raises:
+        ValueError: ``every`` is not positive, or ``inputs`` is an iterator, which one measurement would use up.
     """
 
     def __init__(
@@ -50,6 +52,9 @@ class SignalMonitor:
     ):
         if every < 1:
             raise ValueError(f"every: expected a positive number of steps, got {every}")
+        if isinstance(inputs, Iterator):
+            kind = type(inputs).__name__
+            raise ValueError(f"inputs: expected a tensor or batches to go through again and again, got a {kind}")
         self.model, self.inputs, self.every = model, inputs, every
         self.folder = None if folder is None else Path(folder)
         self.on_signal = on_signal
@@ -80,6 +85,9 @@ def write_signal(signal: SignalPropagation, folder: Path, name: str) -> None:
 def lightning_callback(inputs: Any, every: int = 500, folder: str | Path | None = None) -> Any:
     """A callback for PyTorch Lightning's ``Trainer`` that does what :class:`SignalMonitor` does, on the first process.
 
+    Steps are the trainer's ``global_step``: optimiser steps, each measured once however many batches it accumulates.
+    The callback's ``monitor`` is the :class:`SignalMonitor`; None before the first batch.
+
     Raises:
         ImportError: neither ``lightning`` nor ``pytorch_lightning`` is installed.
     """
@@ -94,12 +102,14 @@ def lightning_callback(inputs: Any, every: int = 500, folder: str | Path | None 
     class SignalCallback(Callback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.monitor: SignalMonitor | None = None
+            self.step = -1
 
         def on_train_batch_start(self, trainer: Any, module: nn.Module, batch: Any, batch_idx: int) -> None:
-            if trainer.is_global_zero:
-                if self.monitor is None:
-                    self.monitor = SignalMonitor(module, inputs, every, folder)
-                with torch.no_grad():
-                    self.monitor(trainer.global_step)
+            if not trainer.is_global_zero or trainer.global_step == self.step:
+                return
+            if self.monitor is None:
+                self.monitor = SignalMonitor(module, inputs, every, folder)
+            self.step = trainer.global_step
+            self.monitor(self.step)
 
     return SignalCallback()

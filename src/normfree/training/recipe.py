@@ -39,7 +39,7 @@ class ModelSection(Section):
 
     name: str = "nf_resnet26"
     options: dict[str, Any] = Field(default_factory=dict, description="Of the model, such as width: 0.25.")
-    weights: str | None = Field(None, description="Checkpoint to start from (fine-tuning): .safetensors, or a run.")
+    weights: str | None = Field(None, description="To start from (fine-tuning): folder of a run, or a file of tensors.")
     recompute: bool = Field(False, description="Compute every block again in the backward pass: less memory.")
 
 
@@ -77,7 +77,7 @@ class AugmentationSection(Section):
     crop_padding: Annotated[int, Field(ge=0)] = Field(4, description="Pixels on each side, for crop: padded.")
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     randaugment_operations: Annotated[int, Field(ge=0)] = Field(0, description="0 leaves RandAugment out.")
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="Of 30, as in torchvision.")
     mixup: NotNegative = Field(0.0, description="α of MixUp; with cutmix as well, each takes half of every batch.")
     cutmix: NotNegative = 0.0
 
@@ -159,6 +159,8 @@ class Recipe(Section):
             raise ValueError(f"batch_size: {self.batch_size} is not a multiple of microbatch_size {micro}")
         if (self.augmentation.mixup or self.augmentation.cutmix) and (micro or self.batch_size) < 2:
             raise ValueError("augmentation: MixUp and CutMix mix examples and need microbatches of at least 2")
+        if self.calibrate != "none" and self.model.weights is not None:
+            raise ValueError("calibrate: it sets the gains of fresh weights and would undo those of model.weights")
         if self.augmentation.crop_scale[0] > self.augmentation.crop_scale[1]:
             raise ValueError("augmentation.crop_scale: expected the smaller scale first")
         if self.optimizer.nesterov and not self.optimizer.momentum:

@@ -55,7 +55,7 @@ def evaluate_run(
             f"data: {section.path} has {len(opened.classes)} classes that are not the {len(classes)} of the run, "
             f"such as {next(iter(set(opened.classes) ^ set(classes)), opened.classes[0])!r}"
         )
-    model = build_model(recipe.model, len(classes), images.channels, is_filled=False)
+    model = build_model(recipe.model, len(classes), images.channels)
     model.load_state_dict(_weights(state, weights, recipe.evaluation.weights, checkpoint))
     finish = BatchFinisher(None, images, len(classes))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format

@@ -1,0 +1,277 @@
+"""Studies: many runs, one table; and what the numbers are held to say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normfree import cli
+from normfree.experiments import Settings
+from normfree.experiments.study import Cell, Outcome, OutOfTime, Runner, mean_and_spread
+from normfree.experiments.training_studies import BN, NEITHER, NF, STUDIES
+from normfree.training import load_recipe, train
+
+TINY = (
+    "model={name: nf_resnet26, options: {width: 0.0625, stem: small}}",
+    "data={path: digits, limit: 64, validation_limit: 40, size: 8}",
+    "batch_size=16",
+    "optimizer={learning_rate: 0.2, learning_rate_batch: null, warmup_epochs: 0.5}",
+    "checkpoint={every_epochs: null, every_minutes: null}",
+    "log={every: 1}",
+)
+
+
+def cell(name: str, *overrides: str) -> Cell:
+    return Cell({"method": name, "seed": 0}, load_recipe({}, [*TINY, *overrides]))
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error of ``normfree …``, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["normfree", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out, captured.err
+
+
+def test_runs_side_by_side_and_beyond_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run is cut off in its middle and ends as if it had not been; another one diverges."""
+    cells = [
+        cell("long", "epochs=25", "evaluation.every_epochs=25"),
+        cell("diverges", "epochs=1", "optimizer.learning_rate=1e30"),
+    ]
+    said: list[str] = []
+    whole, diverged = Runner(tmp_path / "whole", jobs=2, say=said.append).finish(cells)
+    assert (whole.cell, diverged.cell) == tuple(cells)
+    assert (whole.diverged, diverged.diverged) == (False, True)
+    assert f"{cells[1].name}: diverged" in said
+
+    runner = Runner(tmp_path / "cut", jobs=2, say=said.append)
+    log = runner.folder / cells[0].name / "log.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_is_over", lambda: log.is_file() and len(log.read_text().splitlines()) > 3)
+        with pytest.raises(OutOfTime, match=r"1 of 1 runs are not finished"):
+            runner.finish(cells[:1])
+    assert runner.outcome(cells[0]) is None
+    assert 3 < len(log.read_text().splitlines()) < 101
+    (cut,) = Runner(tmp_path / "cut", jobs=2, say=said.append).finish(cells[:1])
+    assert (cut.top1, cut.loss, cut.evaluations) == (whole.top1, whole.loss, whole.evaluations)
+    starts = json.loads((runner.folder / cells[0].name / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+
+    before = log.read_bytes()
+    again = Runner(tmp_path / "cut", minutes=0.0, say=said.append)
+    assert again.finish(cells[:1]) == [cut]  # nothing is left to do
+    assert log.read_bytes() == before
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    broken = cell("broken", "data=nowhere/at/all")
+    with pytest.raises(RuntimeError, match=r"broken-0-.* failed: error: .*nowhere/at/all"):
+        Runner(tmp_path, say=[].append).finish([broken])
+
+
+def test_every_recipe_has_a_folder_of_its_own() -> None:
+    names = {cell("a").name, cell("a", "epochs=3").name, cell("b").name}
+    assert len(names) == 3
+    assert cell("a").name == cell("a").name
+    odd = Cell({"method": "x/y: z é", "rate": 0.4}, load_recipe({}, [*TINY]))
+    assert odd.name.startswith("x_y__z_é-0.4-")
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7.0)))
+    mean, spread = mean_and_spread([2.5])
+    assert mean == 2.5
+    assert math.isnan(spread)
+
+
+Accuracy = Callable[[dict[str, Any]], float]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[Cell]]:
+    """Lets every run end at once, with an accuracy by its labels (NaN: it diverged), and lists the runs."""
+
+    def by(accuracy: Accuracy) -> list[Cell]:
+        asked: list[Cell] = []
+
+        def finish(self: Runner, cells: list[Cell]) -> list[Outcome]:
+            asked.extend(cells)
+            return self.finished(cells)
+
+        def outcome(self: Runner, cell: Cell) -> Outcome:
+            top1 = accuracy(cell.labels)
+            return Outcome(cell, top1, 1.0, math.isnan(top1), 60.0, {"device": "cpu", "time": "now"})
+
+        monkeypatch.setattr(Runner, "finish", finish)
+        monkeypatch.setattr(Runner, "outcome", outcome)
+        return asked
+
+    return by
+
+
+def studied(name: str, folder: Path, **settings: Any) -> Any:
+    return STUDIES[name](Settings(data="somewhere", folder=folder, say=[].append, **settings))
+
+
+@pytest.mark.parametrize(("ahead", "holds"), [(1.0, True), (0.99, False), (-3.0, False)])
+def test_claims_of_cifar10(ahead: float, holds: bool, pretend: Any, tmp_path: Path) -> None:
+    asked = pretend(lambda labels: 60.0 + ahead * (labels["method"] == NF.name) + 0.1 * labels.get("seed", 0))
+    report = studied("cifar10", tmp_path)
+    assert [claim.holds for claim in report.claims] == [holds, holds]
+    finals = [c for c in asked if c.labels.get("stage") != "sweep"]
+    assert {c.labels["seed"] for c in finals} == {0, 1, 2}
+    assert len({c.name for c in asked}) == len(asked)
+    assert all(c.recipe.data.holdout is None and c.recipe.data.limit is None for c in finals)
+    assert all(c.recipe.data.holdout for c in asked if c not in finals)  # test images are not what rates are picked by
+    assert all(c.recipe.data.path == "somewhere" for c in asked)
+    assert f"| {NF.name} | {60.1 + ahead:.2f} ± 0.10 (3) | {60.1 + ahead:.2f} ± 0.10 (3) |" in report.table
+
+
+def test_the_best_rate_of_each_method_is_used(pretend: Any, tmp_path: Path) -> None:
+    chosen: dict[str, float] = {}
+
+    def accuracy(labels: dict[str, Any]) -> float:
+        if labels.get("stage") != "sweep":
+            return 50.0
+        chosen.setdefault(labels["method"], labels["rate"])  # the first one is the best, later ones diverge
+        return 50.0 if chosen[labels["method"]] == labels["rate"] else math.nan
+
+    asked = pretend(accuracy)
+    report = studied("cifar10", tmp_path)
+    assert report.settings["learning_rates"] == chosen
+    for run in asked:
+        if run.labels.get("stage") != "sweep":
+            assert run.recipe.optimizer.learning_rate == chosen[run.labels["method"]]
+
+
+def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:
+    pretend(lambda labels: math.nan if labels["method"] == BN.name else 50.0)
+    with pytest.raises(ValueError, match=f"{BN.name} diverged at every learning rate"):
+        studied("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("drop", "batchnorm", "holds"), [(0.5, 40.0, [True, True]), (0.6, 40.0, [False, True]), (0.0, 50.5, [True, False])]
+)
+def test_claims_of_microbatch(drop: float, batchnorm: float, holds: list[bool], pretend: Any, tmp_path: Path) -> None:
+    def accuracy(labels: dict[str, Any]) -> float:
+        if labels["method"] == BN.name:
+            return batchnorm
+        return 65.0 - drop * (labels.get("batch") == 128)
+
+    pretend(accuracy)
+    report = studied("microbatch", tmp_path)
+    assert [claim.holds for claim in report.claims] == holds
+    assert report.table.splitlines()[0] == "| batch | 1 | 2 | 4 | 16 | 64 | 128 |"
+
+
+def test_a_run_that_diverged_counts_as_chance(pretend: Any, tmp_path: Path) -> None:
+    pretend(lambda labels: math.nan if labels["method"] == NEITHER.name else 40.0)
+    report = studied("depth", tmp_path)
+    assert len(report.claims) == 4
+    assert all(claim.holds for claim in report.claims)
+    assert report.claims[0].evidence == "40.00 with, 10.00 without"
+    assert f"| {NEITHER.name} | 10.00 | 10.00 | 10.00 | 10.00 |" in report.table
+    pretend(lambda labels: math.nan)
+    assert not any(claim.holds for claim in studied("depth", tmp_path).claims)
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_what_is_written(name: str, pretend: Any, tmp_path: Path) -> None:
+    asked = pretend(lambda labels: 50.0 + len(labels["method"]))
+    written = studied(name, tmp_path / "runs", overrides=("label_smoothing=0.05",)).write(tmp_path / "out")
+    assert [path.name for path in written] == [f"{name}.png", f"{name}.csv", f"{name}.json", f"{name}.md"]
+    picture, table, numbers, words = (path.read_bytes() for path in written)
+    assert picture.startswith(b"\x89PNG")
+    rows = list(csv.DictReader(table.decode().splitlines()))
+    assert [row["run"] for row in rows] == [cell.name for cell in asked]
+    assert all(c.recipe.label_smoothing == 0.05 for c in asked)
+    kept = json.loads(numbers)
+    assert len(kept["runs"]) == len(rows)
+    assert kept["settings"]["overrides"] == ["label_smoothing=0.05"]
+    assert kept["made_by"]["command"].startswith("normfree")
+    assert words.decode().count("\n| ") >= 2
+    assert "`normfree" in words.decode()
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+@pytest.mark.parametrize("finished", [0, 3])
+def test_time_is_over(name: str, finished: int, pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is by then is written down, with what is missing."""
+    pretend(lambda labels: 50.0)
+
+    def too_late(self: Runner, cells: list[Cell]) -> list[Outcome]:
+        raise OutOfTime(f"{len(cells)} of {len(cells)} runs are not finished")
+
+    monkeypatch.setattr(Runner, "finish", too_late)
+    monkeypatch.setattr(Runner, "finished", lambda self, cells: [self.outcome(c) for c in cells[:finished]])
+    report = studied(name, tmp_path / "runs")
+    assert report.missing.endswith("runs are not finished")
+    files = report.write(tmp_path)
+    assert "Not finished: " in files[3].read_text()
+    assert len(json.loads(files[2].read_text())["runs"]) == finished
+
+
+def test_from_the_command_line(pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend(lambda labels: 40.0)
+    words = ["reproduce", "depth", "--quick", "--jobs", "2", "--out", str(tmp_path / "out")]
+    code, printed, errors = command(capsys, *words)
+    assert (code, errors) == (0, "")
+    assert "| depth | 26 | 101 |" in printed
+    assert "[holds] 101 layers: trains" in printed
+    names = sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_file())
+    assert names == ["depth.csv", "depth.json", "depth.md", "depth.png"]
+    code, answer, _ = command(capsys, *words, "--json")
+    assert [run["depth"] for run in json.loads(answer)[0]["runs"]] == [26, 26, 101, 101]
+
+
+def test_the_runs_of_quick_studies_can_be_made(pretend: Any, tmp_path: Path) -> None:
+    """Each kind of network at its smallest batch makes two updates, a BatchNorm with a single example, too."""
+    asked = pretend(lambda labels: 40.0)
+    for name in STUDIES:
+        STUDIES[name](Settings(quick=True, folder=tmp_path, say=[].append))
+    smallest: dict[str, Cell] = {}
+    for run in sorted(asked, key=lambda run: -run.recipe.batch_size):
+        smallest[run.recipe.model.model_dump_json()] = run
+    assert min(run.recipe.batch_size for run in smallest.values()) == 1
+    for number, run in enumerate(smallest.values()):
+        examples = 2 * run.recipe.batch_size
+        overrides = [f"data.limit={examples}", "data.validation_limit=8", "epochs=1", "optimizer.warmup_epochs=0"]
+        gentle = "optimizer.learning_rate=1e-3"
+        result = train(load_recipe(run.recipe.to_dict(), [*overrides, gentle]), tmp_path / str(number), say=[].append)
+        assert result.updates == 2
+        assert run.recipe.data.size == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["microbatch", "--quick", "--set", "epoch=3"], "epoch: unknown key; did you mean epochs"),
+        (["microbatch", "--quick", "--set", "epochs"], "expected key=value, got 'epochs'"),
+        (["cifar10", "--data", "nowhere"], "nowhere"),
+        (["depth"], "depth: needs --data"),
+        (["tabel1"], "there is no experiment 'tabel1'; did you mean table1"),
+    ],
+)
+def test_errors_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, errors = command(capsys, "reproduce", *words, "--out", str(tmp_path / "out"))
+    assert (code, printed) == (2, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, errors = command(capsys, "reproduce", "depth", "--quick", "--out", str(tmp_path / "file"))
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "is not a folder" in errors
