@@ -81,7 +81,7 @@ def test_regnet_recipes_are_the_papers(level: int) -> None:
 
 def test_nfnet_recipe_clips_adaptively() -> None:
     recipe = load_recipe("imagenet_nfnet_f0")
-    assert recipe.optimizer.adaptive_clipping == 0.01
+    assert recipe.optimizer.adaptive_clipping == recipe.clipping == 0.01
     assert (recipe.augmentation.randaugment_operations, recipe.augmentation.randaugment_magnitude) == (4, 15)
     with torch.device("meta"):
         assert build_model(recipe.model, 1000, 3).info.options["drop_rate"] == 0.2
@@ -198,3 +198,11 @@ def test_differences() -> None:
 def test_the_rate_is_in_proportion_to_the_batch(batch: int, rate: float) -> None:
     recipe = load_recipe({}, [f"batch_size={batch}", f"optimizer.learning_rate={rate!r}"])
     assert math.isclose(recipe.peak_learning_rate, rate * batch / 256, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(64, 0.02), (4, 0.08), (256, 0.01)])
+def test_clipping_goes_with_the_noise_of_the_batch(batch: int, expected: float) -> None:
+    words = ["optimizer.adaptive_clipping=0.02", "optimizer.adaptive_clipping_batch=64", f"batch_size={batch}"]
+    assert load_recipe("digits", words).clipping == pytest.approx(expected)
+    assert load_recipe("digits", words[::2]).clipping == 0.02
+    assert load_recipe("digits", words[1:]).clipping is None

@@ -106,6 +106,11 @@ def introduction(recipe: Recipe, model: nn.Module, feed: Feed, plan: BatchPlan, 
             f"learning rate {recipe.peak_learning_rate:g} = {section.learning_rate:g} × "
             f"{recipe.batch_size} / {section.learning_rate_batch}"
         )
+    if section.adaptive_clipping_batch is not None and recipe.clipping is not None:
+        lines.append(
+            f"adaptive clipping {recipe.clipping:.4g} = {section.adaptive_clipping:g} × "
+            f"√({section.adaptive_clipping_batch} / {recipe.batch_size})"
+        )
     return lines
 
 

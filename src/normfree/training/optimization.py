@@ -31,8 +31,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         nesterov=section.nesterov,
         fused=device in ("cpu", "cuda"),
     )
-    if section.adaptive_clipping is not None:
-        AdaptiveGradientClipping(optimizer, model, section.adaptive_clipping)
+    if recipe.clipping is not None:
+        AdaptiveGradientClipping(optimizer, model, recipe.clipping)
     return optimizer
 
 

@@ -96,6 +96,9 @@ class OptimizerSection(Section):
     warmup_epochs: NotNegative = 5.0
     final_learning_rate: NotNegative = Field(0.0, description="Where the schedule ends; scaled as the peak is.")
     adaptive_clipping: Positive | None = Field(None, description="λ of adaptive gradient clipping.")
+    adaptive_clipping_batch: Count | None = Field(
+        None, description="Batch that λ is for: it grows as a mean's noise does, with 1/√batch_size; null: it is fixed."
+    )
     clip_norm: Positive | None = Field(None, description="Largest norm of the whole gradient.")
 
 
@@ -183,6 +186,14 @@ class Recipe(Section):
     def learning_rate_factor(self) -> float:
         reference = self.optimizer.learning_rate_batch
         return 1.0 if reference is None else self.batch_size / reference
+
+    @property
+    def clipping(self) -> float | None:
+        """λ of adaptive gradient clipping at this batch size: gradients of small batches are larger, by their noise."""
+        section = self.optimizer
+        if section.adaptive_clipping is None or section.adaptive_clipping_batch is None:
+            return section.adaptive_clipping
+        return section.adaptive_clipping * (section.adaptive_clipping_batch / self.batch_size) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON know them."""
