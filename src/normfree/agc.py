@@ -125,7 +125,7 @@ def _units(source: nn.Module | Iterable[Tensor] | Tensor, exclude: Exclude) -> l
     if isinstance(exclude, str) and exclude != "classifier":
         raise ValueError(f"exclude: expected 'classifier', None, or parameters and modules, got {exclude!r}")
     if isinstance(source, nn.Module):
-        left_out = _excluded(_classifier(source) if isinstance(exclude, str) else exclude or ())
+        left_out = _excluded(classifier_of(source) if isinstance(exclude, str) else exclude or ())
         groups = {id(m.weight): m.groups for m in source.modules() if isinstance(m, _TRANSPOSED)}
         parameters: list[Tensor] = list(source.parameters())
     else:
@@ -145,7 +145,7 @@ def _excluded(items: Iterable[Tensor | nn.Module]) -> set[int]:
     return parameters
 
 
-def _classifier(model: nn.Module) -> list[nn.Module]:
+def classifier_of(model: nn.Module) -> list[nn.Module]:
     named: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if named is not None:
         classifier = named()

@@ -121,14 +121,29 @@ def test_clipping(key: str, value: float) -> None:
 def test_only_weights_decay() -> None:
     model = nf.create_model("nf_regnet_b0", width=0.25)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, OptimizerSection(weight_decay=0.1, scalar_learning_rate=0.5))
+    groups = parameter_groups(model, OptimizerSection(weight_decay=0.1, scalar_learning_rate=0.5, vector_learning_rate=0.25))
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {name for name in names.values() if name.rpartition(".")[2] == "weight"}
     assert sum(len(group["params"]) for group in groups) == len(names)
     slow = {names[id(p)] for group in groups if group["rate"] == 0.5 for p in group["params"]}
     assert slow == {name for name in names.values() if name.endswith("skip_gain")}
+    vectors = {names[id(p)] for group in groups if group["rate"] == 0.25 for p in group["params"]}
+    assert vectors == set(names.values()) - decayed - slow
     everything = parameter_groups(model, OptimizerSection(weight_decay=0.1, decay_scalars=True))
     assert {group["weight_decay"] for group in everything} == {0.1}
+
+
+def test_the_classifier_has_a_rate_of_its_own() -> None:
+    section = OptimizerSection(classifier_learning_rate=0.1)
+    for model, name in (
+        (nf.create_model("nf_resnet26", width=0.25), "head.classifier.weight"),
+        (nn.Linear(3, 5), "weight"),
+    ):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        slow = [
+            names[id(p)] for group in parameter_groups(model, section) if group["rate"] == 0.1 for p in group["params"]
+        ]
+        assert slow == [name]
 
 
 def test_a_model_without_parameters_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..agc import AdaptiveGradientClipping
+from ..agc import AdaptiveGradientClipping, classifier_of
 from .recipe import OptimizerSection, Recipe
 
 
@@ -45,7 +45,7 @@ def make_schedule(
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Weights, which decay; gains, biases and other vectors, which do not; and scalars, with a rate of their own.
+    """Weights, which decay; the classifier's; gains, biases and other vectors; and scalars, each with their own rate.
 
     A parameter counts as a weight if more than one of its axes is longer than 1.
 
@@ -55,15 +55,19 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
     weights: list[Tensor] = []
     vectors: list[Tensor] = []
     scalars: list[Tensor] = []
+    classifiers: list[Tensor] = []
+    last = {id(parameter) for module in classifier_of(model) for parameter in module.parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad:
             long_axes = sum(size > 1 for size in parameter.shape)
-            (weights if long_axes > 1 else scalars if parameter.numel() == 1 else vectors).append(parameter)
+            matrices = classifiers if id(parameter) in last else weights
+            (matrices if long_axes > 1 else scalars if parameter.numel() == 1 else vectors).append(parameter)
     decay = section.weight_decay
     other_decay = decay if section.decay_scalars else 0.0
     groups = [
         {"params": weights, "weight_decay": decay, "rate": 1.0},
-        {"params": vectors, "weight_decay": other_decay, "rate": 1.0},
+        {"params": classifiers, "weight_decay": decay, "rate": section.classifier_learning_rate},
+        {"params": vectors, "weight_decay": other_decay, "rate": section.vector_learning_rate},
         {"params": scalars, "weight_decay": other_decay, "rate": section.scalar_learning_rate},
     ]
     groups = [group for group in groups if group["params"]]

@@ -91,7 +91,9 @@ class OptimizerSection(Section):
     nesterov: bool = True
     weight_decay: NotNegative = 1e-4
     decay_scalars: bool = Field(False, description="Decay gains, biases and other vectors and scalars, too.")
+    vector_learning_rate: Positive = Field(1.0, description="Factor on the rate of gains, biases and other vectors.")
     scalar_learning_rate: Positive = Field(1.0, description="Factor on the rate of parameters with one element.")
+    classifier_learning_rate: Positive = Field(1.0, description="Factor on the rate of the classifier's weights.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_epochs: NotNegative = 5.0
     final_learning_rate: NotNegative = Field(0.0, description="Where the schedule ends; scaled as the peak is.")
