@@ -136,26 +136,41 @@ def test_claims_of_cifar10(ahead: float, holds: bool, pretend: Any, tmp_path: Pa
     assert f"| {NF.name} | {60.1 + ahead:.2f} ± 0.10 (3) | {60.1 + ahead:.2f} ± 0.10 (3) |" in report.table
 
 
-def test_the_best_rate_of_each_method_is_used(pretend: Any, tmp_path: Path) -> None:
-    chosen: dict[str, float] = {}
+def test_the_best_choice_of_each_method_is_used(pretend: Any, tmp_path: Path) -> None:
+    chosen: dict[str, dict[str, Any]] = {}
 
     def accuracy(labels: dict[str, Any]) -> float:
         if labels.get("stage") != "sweep":
             return 50.0
-        chosen.setdefault(labels["method"], labels["rate"])  # the first one is the best, later ones diverge
-        return 50.0 if chosen[labels["method"]] == labels["rate"] else math.nan
+        choice = {key: labels[key] for key in ("optimizer", "rate")}
+        chosen.setdefault(labels["method"], choice)  # the first one is the best, later ones diverge
+        return 50.0 if chosen[labels["method"]] == choice else math.nan
 
     asked = pretend(accuracy)
     report = studied("cifar10", tmp_path)
-    assert report.settings["learning_rates"] == chosen
+    assert report.settings["tuned"] == chosen
     for run in asked:
+        section, choice = run.recipe.optimizer, run.labels
+        assert section.learning_rate == choice["rate"]
+        assert (section.adaptive_clipping is None) == (choice["optimizer"] == "plain")
         if run.labels.get("stage") != "sweep":
-            assert run.recipe.optimizer.learning_rate == chosen[run.labels["method"]]
+            assert {key: choice[key] for key in ("optimizer", "rate")} == chosen[run.labels["method"]]
+
+
+def test_every_method_has_the_same_choices(pretend: Any, tmp_path: Path) -> None:
+    asked = pretend(lambda labels: 50.0)
+    studied("table1", tmp_path)
+    choices: dict[str, list[tuple[str, float]]] = {}
+    for run in asked:
+        if run.labels.get("stage") == "sweep":
+            choices.setdefault(run.labels["method"], []).append((run.labels["optimizer"], run.labels["rate"]))
+    assert len(choices) == 4
+    assert len({tuple(choice) for choice in choices.values()}) == 1
 
 
 def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:
     pretend(lambda labels: math.nan if labels["method"] == BN.name else 50.0)
-    with pytest.raises(ValueError, match=f"{BN.name} diverged at every learning rate"):
+    with pytest.raises(ValueError, match=f"{BN.name} diverged with every choice"):
         studied("cifar10", tmp_path)
 
 

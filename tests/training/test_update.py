@@ -121,7 +121,9 @@ def test_clipping(key: str, value: float) -> None:
 def test_only_weights_decay() -> None:
     model = nf.create_model("nf_regnet_b0", width=0.25)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, OptimizerSection(weight_decay=0.1, scalar_learning_rate=0.5, vector_learning_rate=0.25))
+    groups = parameter_groups(
+        model, OptimizerSection(weight_decay=0.1, scalar_learning_rate=0.5, vector_learning_rate=0.25)
+    )
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {name for name in names.values() if name.rpartition(".")[2] == "weight"}
     assert sum(len(group["params"]) for group in groups) == len(names)

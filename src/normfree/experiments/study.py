@@ -216,12 +216,14 @@ class StudyReport:
 
     def _in_words(self) -> str:
         """Markdown: the table, the claims, and what made the numbers."""
-        made_by, rates = provenance(), self.settings.get("learning_rates")
+        made_by = provenance()
         parts = [f"# {self.title}", self.table]
         parts += ["\n".join(f"* {claim.verdict}: {claim.text} ({claim.evidence})" for claim in self.claims)]
-        if rates:
-            picked = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
-            parts.append(f"Learning rates for 256 examples, picked on training images that were held out: {picked}.")
+        tuned = [f"{name}: {', '.join(map(str, choice.values()))}" for name, choice in self.settings["tuned"].items()]
+        if tuned:
+            parts.append(
+                f"Picked on training images that were held out, with rates for 256 examples: {'; '.join(tuned)}."
+            )
         parts += [f"Not finished: {self.missing}."] if self.missing else []
         parts.append(
             f"`{made_by['command']}`; {made_by['machine']}, {made_by['cores']} cores, torch "

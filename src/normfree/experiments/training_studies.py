@@ -1,8 +1,8 @@
 """Studies that train: against BatchNorm, over batch sizes, over depths, and table 1 of Brock et al. 2021, on CIFAR-10.
 
 All of them use the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M parameters. Every
-method's learning rate is picked by the accuracy on training images that were held out; test images are looked at once
-for each run, at its end.
+method's optimiser and learning rate are picked, from the same choices, by the accuracy on training images that were
+held out; test images are looked at once for each run, at its end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..training.recipe import load_recipe
@@ -28,18 +28,37 @@ class Method:
     overrides: tuple[str, ...]
 
 
-# what the recipe does for normaliser-free networks; tried with BatchNorm, it costs accuracy
-_PLAIN_SGD = (
-    "optimizer.adaptive_clipping=null",
-    "optimizer.vector_learning_rate=1.0",
-    "optimizer.classifier_learning_rate=1.0",
-)
 NF = Method("normaliser-free", ("model=nf_resnet26", "model.options.alpha=1.0"))
 NF_DEEP = Method("normaliser-free", ("model=nf_resnet26",))  # α = 0.2, as in the paper
-BN = Method("BatchNorm", ("model=resnetv2_26", *_PLAIN_SGD))
-SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26", *_PLAIN_SGD))
-FIXUP = Method("FixUp", ("model=fixup_resnet26", "optimizer.scalar_learning_rate=0.1", *_PLAIN_SGD))
-NEITHER = Method("neither", ("model=skipinit_resnet26", "model.options.skip_gain=1.0", *_PLAIN_SGD))
+BN = Method("BatchNorm", ("model=resnetv2_26",))
+SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26",))
+FIXUP = Method("FixUp", ("model=fixup_resnet26", "optimizer.scalar_learning_rate=0.1"))
+NEITHER = Method("neither", ("model=skipinit_resnet26", "model.options.skip_gain=1.0"))
+
+OPTIMIZERS = {
+    "clipped": (),  # as the recipe: adaptive clipping, lower rates for gains, biases and the classifier
+    "plain": (
+        "optimizer.adaptive_clipping=null",
+        "optimizer.vector_learning_rate=1.0",
+        "optimizer.classifier_learning_rate=1.0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is picked for every method: one of ``OPTIMIZERS``, and the learning rate for 256 examples."""
+
+    optimizer: str
+    rate: float
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return (*OPTIMIZERS[self.optimizer], f"optimizer.learning_rate={self.rate}")
+
+    def __str__(self) -> str:
+        return f"{self.optimizer} SGD at {self.rate:g}"
+
 
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
 _HEADLINE = ("epochs=2", "optimizer.warmup_epochs=0.3")
@@ -52,12 +71,12 @@ def cifar10(settings: Settings) -> StudyReport:
     batches, methods = (64, 128), (NF, BN)
     study = _Study.begin("cifar10", settings)
     with study.until_time_is_over():
-        rates = study.swept_rates(methods)
+        tuned = study.tune(methods)
         study.run(
             study.cell(
                 {"method": method.name, "batch": batch, "seed": seed},
                 [*method.overrides, *_HEADLINE, f"batch_size={batch}"],
-                rates,
+                tuned,
             )
             for seed in study.seeds(3)
             for batch in batches
@@ -81,12 +100,12 @@ def microbatch(settings: Settings) -> StudyReport:
     batches, methods = (1, 2, 64) if settings.quick else (1, 2, 4, 16, 64, 128), (NF, BN)
     study = _Study.begin("microbatch", settings)
     with study.until_time_is_over():
-        rates = study.swept_rates(methods)
+        tuned = study.tune(methods)
         study.run(
             study.cell(
                 {"method": method.name, "batch": batch, "seed": seed},
                 [*method.overrides, *_SHORT, f"batch_size={batch}"],
-                rates,
+                tuned,
             )
             for batch in (128, 2, 64, 4, 16, 1)
             if batch in batches
@@ -115,7 +134,7 @@ def depth(settings: Settings) -> StudyReport:
             study.cell(
                 {"method": method.name, "depth": layers},
                 [*method.overrides, *short, f"model={method.overrides[0].removeprefix('model=')[:-2]}{layers}"],
-                {method.name: 0.4},
+                {method.name: Tuning("clipped", 0.4)},
             )
             for layers in depths
             for method in (NF_DEEP, NEITHER)
@@ -138,12 +157,12 @@ def table1(settings: Settings) -> StudyReport:
     methods = (FIXUP, SKIPINIT, NF, BN)
     study = _Study.begin("table1", settings)
     with study.until_time_is_over():
-        rates = study.swept_rates(methods)
+        tuned = study.tune(methods)
         study.run(
             study.cell(
                 {"method": method.name, "setting": name, "seed": seed},
                 [*method.overrides, *_SHORT, *extra],
-                rates,
+                tuned,
             )
             for seed in study.seeds(3)
             for name, extra in (("plain", ()), ("regularised", REGULARISED))
@@ -161,7 +180,7 @@ class _Study:
     runner: Runner
     base: tuple[str, ...]
     outcomes: list[Outcome] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
+    tuned: dict[str, Tuning] = field(default_factory=dict)
     missing: str = ""
 
     @classmethod
@@ -176,11 +195,12 @@ class _Study:
     def seeds(self, count: int) -> list[int]:
         return [self.settings.seed + i for i in range(1 if self.settings.quick else count)]
 
-    def cell(self, labels: dict[str, Any], overrides: Sequence[str], rates: dict[str, float]) -> Cell:
-        """A run; ``rates`` has the learning rate of ``labels["method"]``, ``labels["seed"]`` the seed."""
-        labels = {**labels, "rate": rates[labels["method"]]}
-        last = (f"optimizer.learning_rate={labels['rate']}", f"seed={labels.get('seed', self.settings.seed)}")
-        return Cell(labels, load_recipe("cifar10", [*overrides, *self.base, *last]))
+    def cell(self, labels: dict[str, Any], overrides: Sequence[str], tuned: dict[str, Tuning]) -> Cell:
+        """A run; ``tuned`` has what was picked for ``labels["method"]``, and ``labels["seed"]`` is the seed."""
+        tuning = tuned[labels["method"]]
+        labels = {**labels, "optimizer": tuning.optimizer, "rate": tuning.rate}
+        seed = f"seed={labels.get('seed', self.settings.seed)}"
+        return Cell(labels, load_recipe("cifar10", [*overrides, *self.base, *tuning.overrides, seed]))
 
     def run(self, cells: Iterable[Cell]) -> None:
         cells = list(cells)
@@ -189,13 +209,14 @@ class _Study:
         finally:
             self.outcomes += self.runner.finished(cells)
 
-    def swept_rates(self, methods: Sequence[Method]) -> dict[str, float]:
-        """For each method the rate, for 256 examples, with the best accuracy on held-out images, in short runs."""
-        choices = (0.4, 0.8) if self.settings.quick else (0.4, 0.8, 1.6)
+    def tune(self, methods: Sequence[Method]) -> dict[str, Tuning]:
+        """For each method, of the same choices, the one with the best accuracy on held-out images in short runs."""
+        rates = (0.4,) if self.settings.quick else (0.4, 0.8, 1.6)
+        choices = [Tuning(optimizer, rate) for rate in rates for optimizer in OPTIMIZERS]
         holdout = f"data.holdout={300 if self.settings.quick else 5000}"
         cells = [
-            self.cell({"method": m.name, "stage": "sweep"}, [*m.overrides, *_SHORT, holdout], {m.name: rate})
-            for rate in choices
+            self.cell({"method": m.name, "stage": "sweep"}, [*m.overrides, *_SHORT, holdout], {m.name: choice})
+            for choice in choices
             for m in methods
         ]
         self.run(cells)
@@ -203,10 +224,11 @@ class _Study:
         for method in methods:
             own = [outcome for outcome in swept if outcome.cell.labels["method"] == method.name]
             if not own:
-                raise ValueError(f"{method.name} diverged at every learning rate: {choices}")
-            self.rates[method.name] = max(own, key=lambda outcome: outcome.top1).cell.labels["rate"]
-            self.settings.say(f"{method.name}: learning rate {self.rates[method.name]:g} for 256 examples")
-        return self.rates
+                raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, choices))}")
+            best = max(own, key=lambda outcome: outcome.top1).cell.labels
+            self.tuned[method.name] = Tuning(best["optimizer"], best["rate"])
+            self.settings.say(f"{method.name}: {self.tuned[method.name]} for 256 examples")
+        return self.tuned
 
     @contextlib.contextmanager
     def until_time_is_over(self) -> Iterator[None]:
@@ -233,7 +255,7 @@ class _Study:
             "seed": self.settings.seed,
             "data": self.settings.data or "digits",
             "overrides": list(self.settings.overrides),
-            "learning_rates": self.rates,
+            "tuned": {name: asdict(tuning) for name, tuning in self.tuned.items()},
             "jobs": self.settings.jobs,
         }
         return StudyReport(
