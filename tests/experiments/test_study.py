@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +74,21 @@ def test_runs_side_by_side_and_beyond_a_time_limit(tmp_path: Path, monkeypatch: 
     again = Runner(tmp_path / "cut", minutes=0.0, say=said.append)
     assert again.finish(cells[:1]) == [cut]  # nothing is left to do
     assert log.read_bytes() == before
+
+
+def test_termination_ends_the_runs_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(self: Runner, cell: Cell) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    monkeypatch.setattr(Runner, "_start", start)
+    monkeypatch.setattr(Runner, "_is_over", lambda self: started and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        Runner(tmp_path, say=[].append).finish([cell("a")])
+    assert end.value.code == 143
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from ..files import write_text
 from ..provenance import provenance
 from ..training.recipe import Recipe
+from ..training.stopping import exit_on_termination
 from .report import Claim
 
 Progress = Callable[[str], None]
@@ -97,12 +98,16 @@ class Runner:
             OutOfTime: before the last one was finished; those that are finished stay so.
             RuntimeError: a run failed otherwise than by diverging; its last words are in the message.
         """
-        waiting = [cell for cell in cells if self.outcome(cell) is None]
+        with exit_on_termination():
+            self._run_all([cell for cell in cells if self.outcome(cell) is None], len(cells))
+        return [outcome for cell in cells if (outcome := self.outcome(cell)) is not None]
+
+    def _run_all(self, waiting: list[Cell], total: int) -> None:
         running: dict[subprocess.Popen[bytes], Cell] = {}
         try:
             while waiting or running:
                 if self._is_over():
-                    raise OutOfTime(f"{len(waiting) + len(running)} of {len(cells)} runs are not finished")
+                    raise OutOfTime(f"{len(waiting) + len(running)} of {total} runs are not finished")
                 while waiting and len(running) < self.jobs:
                     cell = waiting.pop(0)
                     self.say(f"{cell.name}: begins, {len(waiting)} more to come")
@@ -112,7 +117,6 @@ class Runner:
                     self._ended(running.pop(process))
         finally:
             self._stop(list(running))
-        return [outcome for cell in cells if (outcome := self.outcome(cell)) is not None]
 
     def finished(self, cells: Sequence[Cell]) -> list[Outcome]:
         """The outcomes that there are by now."""

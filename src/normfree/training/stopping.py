@@ -55,3 +55,20 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             unix_signals.signal(number, handler)
+
+
+@contextlib.contextmanager
+def exit_on_termination() -> Iterator[None]:
+    """SIGTERM becomes ``SystemExit`` with code 143, so that whoever started other processes can end them first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = unix_signals.signal(unix_signals.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        unix_signals.signal(unix_signals.SIGTERM, before)
