@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from normfree import cli
 from normfree.experiments import Settings
 from normfree.experiments.study import Cell, Outcome, OutOfTime, Runner, mean_and_spread
 from normfree.experiments.training_studies import BN, NEITHER, NF, STUDIES
 from normfree.training import load_recipe, train
+
+Command = Callable[..., tuple[int, str, str]]
 
 TINY = (
     "model={name: nf_resnet26, options: {width: 0.0625, stem: small}}",
@@ -33,16 +34,6 @@ TINY = (
 
 def cell(name: str, *overrides: str) -> Cell:
     return Cell({"method": name, "seed": 0}, load_recipe({}, [*TINY, *overrides]))
-
-
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and error of ``normfree …``, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["normfree", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    captured = capsys.readouterr()
-    return int(end.value.code or 0), captured.out, captured.err
 
 
 def test_runs_side_by_side_and_beyond_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +246,16 @@ def test_time_is_over(name: str, finished: int, pretend: Any, tmp_path: Path, mo
     assert len(json.loads(files[2].read_text())["runs"]) == finished
 
 
-def test_from_the_command_line(pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(pretend: Any, tmp_path: Path, command: Command) -> None:
     pretend(lambda labels: 40.0)
     words = ["reproduce", "depth", "--quick", "--jobs", "2", "--out", str(tmp_path / "out")]
-    code, printed, errors = command(capsys, *words)
+    code, printed, errors = command(*words)
     assert (code, errors) == (0, "")
     assert "| depth | 26 | 101 |" in printed
     assert "[holds] 101 layers: trains" in printed
     names = sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_file())
     assert names == ["depth.csv", "depth.json", "depth.md", "depth.png"]
-    code, answer, _ = command(capsys, *words, "--json")
+    code, answer, _ = command(*words, "--json")
     assert [run["depth"] for run in json.loads(answer)[0]["runs"]] == [26, 26, 101, 101]
 
 
@@ -296,16 +287,16 @@ def test_the_runs_of_quick_studies_can_be_made(pretend: Any, tmp_path: Path) -> 
         (["tabel1"], "there is no experiment 'tabel1'; did you mean table1"),
     ],
 )
-def test_errors_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, errors = command(capsys, "reproduce", *words, "--out", str(tmp_path / "out"))
+def test_errors_in_one_line(words: list[str], message: str, tmp_path: Path, command: Command) -> None:
+    code, printed, errors = command("reproduce", *words, "--out", str(tmp_path / "out"))
     assert (code, printed) == (2, "")
     last = errors.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
 
 
-def test_a_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_a_file(tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("")
-    code, _, errors = command(capsys, "reproduce", "depth", "--quick", "--out", str(tmp_path / "file"))
+    code, _, errors = command("reproduce", "depth", "--quick", "--out", str(tmp_path / "file"))
     assert (code, errors.count("\n")) == (2, 1)
     assert "is not a folder" in errors

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from tiny_runs import TINY, assert_same_state, learned, quiet, run, table, tiny
 
-from normfree import cli
 from normfree.training import TrainingStopped, train
 from normfree.training.checkpoint import load_checkpoint, save_checkpoint
 from normfree.training.run_folder import RunFolder
 from normfree.training.update import Learner
+
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if name != ".lock"}
-
-
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and error of ``normfree train …``, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["normfree", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    captured = capsys.readouterr()
-    return int(end.value.code or 0), captured.out, captured.err
 
 
 def break_weights_after(monkeypatch: pytest.MonkeyPatch, update: int, value: float = float("nan")) -> None:
@@ -172,12 +163,10 @@ def test_a_folder_that_is_there_is_left_alone(finished: Path, tmp_path: Path) ->
         (["optimizer.learning_rat=1"], "did you mean learning_rate"),
     ],
 )
-def test_one_line_and_exit_code_2(
-    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line_and_exit_code_2(overrides: list[str], message: str, tmp_path: Path, command: Command) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(tiny().to_yaml())
-    code, printed, errors = command(capsys, "train", str(recipe), *overrides, "--out", str(out))
+    code, printed, errors = command("train", str(recipe), *overrides, "--out", str(out))
     assert code == 2
     assert printed == ""
     lines = errors.splitlines()
@@ -187,7 +176,7 @@ def test_one_line_and_exit_code_2(
     assert not out.exists()
 
 
-def test_errors_of_the_commands(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_commands(finished: Path, tmp_path: Path, command: Command) -> None:
     before = contents(finished)
     cases = {
         ("train", "--resume", str(tmp_path)): "is no folder of a run",
@@ -203,7 +192,7 @@ def test_errors_of_the_commands(finished: Path, tmp_path: Path, capsys: pytest.C
         ("reproduce", "microbatch"): "needs --data",
     }
     for words, message in cases.items():
-        code, _, errors = command(capsys, *words)
+        code, _, errors = command(*words)
         assert code == 2, words
         assert message in errors, words
         assert len(errors.splitlines()) == 1, words
@@ -212,7 +201,7 @@ def test_errors_of_the_commands(finished: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_exit_codes_of_signals(
-    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     step = Learner.step
 
@@ -222,30 +211,30 @@ def test_exit_codes_of_signals(
 
     monkeypatch.setattr(Learner, "step", stepping)
     out = tmp_path / "run"
-    found, _, errors = command(capsys, "train", *TINY, "--out", str(out))
+    found, _, errors = command("train", *TINY, "--out", str(out))
     assert found == code
     assert errors.splitlines()[-1] == f"stopped at update 1 of 8 as asked; normfree train --resume {out} goes on"
 
 
-def test_ctrl_c_before_training_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_before_training_begins(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("normfree.training.loop.open_data", interrupted)
-    assert command(capsys, "train", *TINY)[0] == 130
+    assert command("train", *TINY)[0] == 130
     assert not Path("runs").exists()
 
 
-def test_lost_checkpoint_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_checkpoint_files(finished: Path, tmp_path: Path, command: Command) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     last = copy / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     for words in (("train", "--resume", str(copy)), ("eval", str(copy))):
-        code, _, errors = command(capsys, *words)
+        code, _, errors = command(*words)
         assert (code, len(errors.splitlines())) == (2, 1)
         assert "last.pt is no readable checkpoint" in errors
-    assert command(capsys, "eval", str(copy), "--checkpoint", "best")[0] == 0
+    assert command("eval", str(copy), "--checkpoint", "best")[0] == 0
 
 
 def picture(path: Path, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> None:
@@ -296,14 +285,14 @@ BAD_DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD_DATA))
-def test_data_that_nothing_can_be_learned_from(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_nothing_can_be_learned_from(kind: str, tmp_path: Path, command: Command) -> None:
     make, message = BAD_DATA[kind]
     (tmp_path / "data").mkdir()
     data = make(tmp_path / "data")
     settings = [*TINY, f"data={{path: '{data}', size: 8, workers: 0}}"]
     if "of a known mean" in kind:
         settings += ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.2, 0.2, 0.2]"]
-    code, printed, errors = command(capsys, "train", *settings, "--out", str(tmp_path / "run"))
+    code, printed, errors = command("train", *settings, "--out", str(tmp_path / "run"))
     assert (code, printed) == (2, "")
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -315,7 +304,7 @@ def test_data_that_nothing_can_be_learned_from(kind: str, tmp_path: Path, capsys
         assert not (tmp_path / "run").exists()
 
 
-def test_mixed_modes_and_sizes_and_a_few_broken_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_modes_and_sizes_and_a_few_broken_images(tmp_path: Path, command: Command) -> None:
     """Trained on all the same, and said."""
     root = class_folders(tmp_path / "data", count=20)
     for number, mode in enumerate(("L", "RGBA", "P", "1", "LA", "CMYK")):
@@ -324,21 +313,21 @@ def test_mixed_modes_and_sizes_and_a_few_broken_images(tmp_path: Path, capsys: p
     (root / "train" / "b" / "3.png").write_bytes(b"not an image at all")
     (root / "val" / "a" / "5.png").write_bytes((root / "val" / "a" / "5.png").read_bytes()[:70])
     settings = [*TINY, f"data={{path: '{root}', size: 8, workers: 0}}", "epochs=3"]
-    code, _, errors = command(capsys, "train", *settings, "--out", str(tmp_path / "run"))
+    code, _, errors = command("train", *settings, "--out", str(tmp_path / "run"))
     assert code == 0, errors
     assert "examples could not be read so far; others took their places" in errors
     assert "1 not readable" in errors
     assert table(tmp_path / "run" / "evaluations.csv")[-1][-2:] == ["39", "1"]
-    code, printed, errors = command(capsys, "eval", str(tmp_path / "run"))
+    code, printed, errors = command("eval", str(tmp_path / "run"))
     assert code == 0
     assert "39 examples" in printed
     assert re.search(r"not readable: .*a.5\.png", errors)
 
 
-def test_a_recipe_for_another_model(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_for_another_model(finished: Path, command: Command) -> None:
     """Going on with a run by the recipe of another one shows every difference, and changes nothing."""
     before = contents(finished)
-    code, _, errors = command(capsys, "train", "imagenet_nf_regnet_b0", "--resume", str(finished))
+    code, _, errors = command("train", "imagenet_nf_regnet_b0", "--resume", str(finished))
     assert (code, len(errors.splitlines())) == (2, 1)
     for difference in (
         "model.name: 'nf_resnet26' → 'nf_regnet_b0'",
@@ -348,15 +337,15 @@ def test_a_recipe_for_another_model(finished: Path, capsys: pytest.CaptureFixtur
     ):
         assert difference in errors
     for forced in (["--force"], ["--force", "epochs=1", "batch_size=16", "data=digits"]):
-        code, _, errors = command(capsys, "train", "imagenet_nf_regnet_b0", *forced, "--resume", str(finished))
+        code, _, errors = command("train", "imagenet_nf_regnet_b0", *forced, "--resume", str(finished))
         assert code == 2
         assert len(errors.splitlines()) == 1
     assert contents(finished) == before
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "reproduce"])
-def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, errors = command(capsys, name, "--help")
+def test_help(name: str, command: Command) -> None:
+    code, printed, errors = command(name, "--help")
     assert (code, errors) == (0, "")
     assert f"normfree {name}" in printed
     assert max(len(line) for line in printed.splitlines()) <= 120
