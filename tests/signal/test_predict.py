@@ -224,3 +224,17 @@ def test_scalars_on_the_meta_device_get_a_value_and_a_note(name: str) -> None:
         for point, other in zip(predicted.points, expected.points, strict=True):
             assert point.avg_channel_variance == pytest.approx(other.avg_channel_variance, rel=0.03)
     assert all(parameter.is_meta for parameter in bare.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnetv2_101_relu_bn", "resnetv2_101"])
+def test_branches_behind_batchnorm_add_nothing_to_the_channel_means(name: str) -> None:
+    """BatchNorm takes the mean of the very batch: a branch whose last layer is 1×1 then has none, however deep."""
+    model = nf.create_model(name, width=0.25)
+    predicted = [p for p in nf.predict_spp(model, (4, 3, 64, 64)).points if p.kind != "stem"]
+    measured = [p for p in nf.spp(model, torch.randn(4, 3, 64, 64)).points if p.kind != "stem"]
+    if name.endswith("relu_bn"):
+        for stage in range(1, 4):
+            for points in (predicted, measured):
+                means = [p.avg_channel_squared_mean for p in points if p.name.startswith(f"stages.{stage}.")]
+                assert max(means) - min(means) < 0.05 * max(means) + 1e-6
+    assert all(math.isfinite(p.avg_channel_squared_mean) for p in predicted)

@@ -47,7 +47,7 @@ def batch_norm(call: Call) -> State:
         return _with_running_statistics(call, state, eps)
     share = state.grid.share
     _, variance = state.statistics(call.examples)
-    own = float(share @ state.within) * state.pooled_near() / call.examples
+    own = state.chance(call.examples)
     uncentred = state.cross + np.outer(state.mean, state.mean)
     towards = uncentred @ share + own
     scale = 1.0 / (variance + eps)
@@ -55,9 +55,7 @@ def batch_norm(call: Call) -> State:
     total = np.diagonal(rest) + state.within * scale
     mean = (state.mean - share @ state.mean) * scale**0.5
     cross = rest - np.outer(mean, mean)
-    diagonal = np.maximum(np.diagonal(cross), 0.0)
-    np.fill_diagonal(cross, diagonal)
-    within = np.maximum(total - mean**2 - diagonal, 0.0)
+    within = np.maximum(total - mean**2 - np.diagonal(cross), 0.0)
     spread = state.spread
     if spread is not None:  # every channel has the same variance now
         spread = replace(spread, own=-middle(spread.pairs))

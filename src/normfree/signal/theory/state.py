@@ -101,8 +101,8 @@ class State:
     _values: Array | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.cross = _clipped(self.cross)
         self.within = np.maximum(self.within, 0.0)
+        self.cross = _clipped(self.cross, self.within)
         if not self.parts:
             self.parts = {self: 1.0}
 
@@ -173,9 +173,13 @@ class State:
     def statistics(self, examples: int) -> tuple[float, float]:
         """Average channel squared mean and variance of a batch of so many examples."""
         share = self.grid.share
-        within = float(share @ np.sqrt(self.within)) ** 2 * self.pooled_near() / max(examples, 1)
-        squared_mean = float(share @ self.mean) ** 2 + float(share @ self.cross @ share) + within
+        squared_mean = float(share @ self.mean) ** 2 + float(share @ self.cross @ share) + self.chance(examples)
+        squared_mean = max(squared_mean, 0.0)  # behind BatchNorm it is a difference of equals
         return squared_mean, max(self.second_moment - squared_mean, 0.0)
+
+    def chance(self, examples: int) -> float:
+        """What the excess covariance leaves in the squared channel means of so many examples: the mean of W, over N."""
+        return float(self.grid.share @ np.sqrt(self.within)) ** 2 * self.pooled_near() / max(examples, 1)
 
     def near_at(self, offsets: Array) -> Array:
         """Excess correlation at integer offsets (..., axes): (...)."""
@@ -397,10 +401,10 @@ def _is_monotone(values: Array) -> bool:
     return bool((np.diff(values, axis=1) >= -1e-9).all())
 
 
-def _clipped(cross: Array) -> Array:
-    """Without rounding's negative variances."""
+def _clipped(cross: Array, within: Array) -> Array:
+    """Without negative variances. Two examples may well differ in sign: removing a batch's mean makes them do so."""
     diagonal = np.diagonal(cross)
-    if (diagonal < 0).any():
+    if (diagonal < -within).any():
         cross = cross.copy()
-        np.fill_diagonal(cross, np.maximum(diagonal, 0.0))
+        np.fill_diagonal(cross, np.maximum(diagonal, -within))
     return cross
