@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -33,10 +34,17 @@ class Timing:
 
 
 def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> list[Timing]:
-    """Runs every contender once per round, so that whatever else the machine does meets all of them."""
+    """Runs every contender once per round, so that whatever else the machine does meets all of them.
+
+    Every round has an order of its own, so that none always follows the same other one and finds what that has left
+    in the caches and in the allocator.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
+    orders = random.Random(0)
     for number in range(warm_up + repeats):
-        for name, run in contenders.items():
+        orders.shuffle(order)
+        for name, run in order:
             gc.collect()
             _wait()
             start = time.perf_counter()
