@@ -105,7 +105,8 @@ def write_summary_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("cost of normfree's network / cost of the other: less than 1 is cheaper")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.margins(x=0.08)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     machine = results[0]["machine"]
     caption = f"{machine['device']} ({machine['processor']}), {machine['threads']} threads, torch {machine['torch']}"
     axes.set_title(caption, fontsize=9)
