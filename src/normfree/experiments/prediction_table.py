@@ -212,9 +212,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the table; see ``--help``."""
+    """Prints or writes the table; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m normfree.experiments.prediction_table", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/prediction-table.md"))
+    parser.add_argument("--out", type=Path, help="file to write; by default the table is printed")
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--seeds", type=int, help="in place of each case's own number")
     options = parser.parse_args(arguments)
@@ -231,7 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         worst = [str(w) for w in (row.variance, row.residual, row.squared_mean) if w is not None]
         print(f"{case.name} {case.size} ({seconds:.0f} s): {'; '.join(worst)}", file=sys.stderr, flush=True)
     head = f"Made by `python -m normfree.experiments.prediction_table`, torch {torch.__version__}.\n\n"
-    write_text(options.out, head + as_markdown(rows))
+    if options.out is None:
+        print(head + as_markdown(rows))
+    else:
+        write_text(options.out, head + as_markdown(rows))
 
 
 if __name__ == "__main__":
