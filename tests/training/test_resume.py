@@ -16,6 +16,7 @@ from tiny_runs import EVERYTHING, assert_same_state, learned, quiet, run, tables
 from normfree.training import RecipeError, TrainingInterrupted, evaluate_run, train
 from normfree.training.checkpoint import ResumeError, load_checkpoint, save_checkpoint
 from normfree.training.run_folder import RunFolder
+from normfree.training.stopping import stop_on_signals
 from normfree.training.update import Learner
 
 UPDATES = 8
@@ -76,9 +77,20 @@ def test_stopped_at_any_update(
     assert all(torch.equal(value, best[1]["model"][key]) for key, value in best[0]["model"].items())
 
 
-def test_signals_are_what_they_were_afterwards(uninterrupted: Any) -> None:
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_signals_are_what_they_were_afterwards() -> None:
+    def own(number: int, frame: Any) -> None:
+        pass
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, own) for number in numbers}
+    try:
+        with pytest.raises(ArithmeticError), stop_on_signals():
+            assert all(signal.getsignal(number) is not own for number in numbers)
+            raise ArithmeticError
+        assert all(signal.getsignal(number) is own for number in numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 DRIVER = """
