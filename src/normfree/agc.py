@@ -146,6 +146,7 @@ def _excluded(items: Iterable[Tensor | nn.Module]) -> set[int]:
 
 
 def classifier_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that ``model.get_classifier()`` names, or else the model's last linear layer; none if it has none."""
     named: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if named is not None:
         classifier = named()

@@ -226,15 +226,19 @@ def test_scalars_on_the_meta_device_get_a_value_and_a_note(name: str) -> None:
     assert all(parameter.is_meta for parameter in bare.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnetv2_101_relu_bn", "resnetv2_101"])
-def test_branches_behind_batchnorm_add_nothing_to_the_channel_means(name: str) -> None:
+def test_branches_behind_batchnorm_add_nothing_to_the_channel_means() -> None:
     """BatchNorm takes the mean of the very batch: a branch whose last layer is 1×1 then has none, however deep."""
-    model = nf.create_model(name, width=0.25)
-    predicted = [p for p in nf.predict_spp(model, (4, 3, 64, 64)).points if p.kind != "stem"]
-    measured = [p for p in nf.spp(model, torch.randn(4, 3, 64, 64)).points if p.kind != "stem"]
-    if name.endswith("relu_bn"):
+    model = nf.create_model("resnetv2_101_relu_bn", width=0.25)
+    for signal in (nf.predict_spp(model, (4, 3, 64, 64)), nf.spp(model, torch.randn(4, 3, 64, 64))):
         for stage in range(1, 4):
-            for points in (predicted, measured):
-                means = [p.avg_channel_squared_mean for p in points if p.name.startswith(f"stages.{stage}.")]
-                assert max(means) - min(means) < 0.05 * max(means) + 1e-6
-    assert all(math.isfinite(p.avg_channel_squared_mean) for p in predicted)
+            means = [p.avg_channel_squared_mean for p in signal.points if p.name.startswith(f"stages.{stage}.")]
+            assert max(means) - min(means) < 0.05 * max(means) + 1e-6
+
+
+def test_channel_means_of_a_deep_network_with_batchnorm() -> None:
+    """BatchNorm-ReLU-Conv: they sum up over the blocks, and are numbers to the end."""
+    model = nf.create_model("resnetv2_101", width=0.25)
+    predicted = nf.predict_spp(model, (4, 3, 64, 64)).points
+    measured = nf.spp(model, torch.randn(4, 3, 64, 64)).points
+    for one, other in zip(predicted[1:], measured[1:], strict=True):
+        assert one.avg_channel_squared_mean == pytest.approx(other.avg_channel_squared_mean, rel=0.3, abs=0.02)

@@ -7,6 +7,7 @@ Markdown table with the worst point of each: the one at which the prediction is 
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 import time
@@ -230,11 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds = time.perf_counter() - start
         worst = [str(w) for w in (row.variance, row.residual, row.squared_mean) if w is not None]
         print(f"{case.name} {case.size} ({seconds:.0f} s): {'; '.join(worst)}", file=sys.stderr, flush=True)
-    head = f"Made by `python -m normfree.experiments.prediction_table`, torch {torch.__version__}.\n\n"
+    words = shlex.join(["python", "-m", "normfree.experiments.prediction_table", *(arguments or sys.argv[1:])])
+    text = f"Made by `{words}`, torch {torch.__version__}.\n\n{as_markdown(rows)}"
     if options.out is None:
-        print(head + as_markdown(rows))
+        print(text)
     else:
-        write_text(options.out, head + as_markdown(rows))
+        write_text(options.out, text)
 
 
 if __name__ == "__main__":
