@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import memory, passes, report, scaling, spp, suite
 from .contenders import MODELS, Setting
 
@@ -56,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "figure":
         report.write_summary_figure([json.loads(path.read_text()) for path in options.results], options.out)
         return
+    if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; `all`, or --device cpu, times the processor")
     if options.command in ("all", "gpu"):
         batches = tuple(options.batch) if options.batch else None
         base = Setting(1, options.size, options.device, options.dtype, width=options.width)

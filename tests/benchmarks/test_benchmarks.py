@@ -124,3 +124,13 @@ def test_allocated_bytes_of_a_known_network():
         assert counter.now == 100 * 100 * 4 + 50 * 100 * 4
         del output
     assert counter.peak == 100 * 100 * 4 + 2 * 50 * 100 * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("arguments", [["gpu", "--out", "x"], ["train", *SMALL, "--device", "cuda"]])
+def test_no_cuda_device_is_one_clear_error(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
