@@ -35,7 +35,7 @@ from .signal import (
     without_weights,
 )
 from .standardize import standardize_weight
-from .surgery import CalibrationReport, calibrate, calibrated, fold, without_norms
+from .surgery import CalibrationReport, calibrate, calibrated, center, fold, without_norms
 from .weights import (
     CheckpointError,
     from_pretrained,
@@ -77,6 +77,7 @@ __all__ = [
     "batchnorm_twin",
     "calibrate",
     "calibrated",
+    "center",
     "create_model",
     "data_config",
     "diagnose",

@@ -159,6 +159,7 @@ def test_a_folder_that_is_there_is_left_alone(finished: Path, tmp_path: Path) ->
         (["model.recompute=true", "model=torchvision:resnet18", "model.options={}"], "has no set_grad_checkpointing"),
         (["device=cuda:99"], "cuda:99 was asked for|no GPU"),
         (["calibrate=theory", "model=torchvision:resnet18", "model.options={}"], "calibrate|layer"),
+        (["calibrate=center", "model=resnetv2_26"], r"calibrate: center needs .*calibrate=none"),
         (["model.weights=nowhere.safetensors"], "nowhere.safetensors"),
         (["optimizer.learning_rat=1"], "did you mean learning_rate"),
     ],

@@ -30,11 +30,11 @@ class Method:
 
 
 NF = Method("normaliser-free", ("model=nf_resnet26", "model.options.alpha=1.0"))
-NF_DEEP = Method("normaliser-free", ("model=nf_resnet26",))  # α = 0.2, as in the paper
-BN = Method("BatchNorm", ("model=resnetv2_26",))
-SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26",))
-FIXUP = Method("FixUp", ("model=fixup_resnet26", "optimizer.scalar_learning_rate=0.1"))
-NEITHER = Method("neither", ("model=skipinit_resnet26", "model.options.skip_gain=1.0"))
+NF_DEEP = Method("normaliser-free", ("model=nf_resnet26", "calibrate=none"))  # α = 0.2, as in the paper
+BN = Method("BatchNorm", ("model=resnetv2_26", "calibrate=none"))
+SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26", "calibrate=none"))
+FIXUP = Method("FixUp", ("model=fixup_resnet26", "calibrate=none", "optimizer.scalar_learning_rate=0.1"))
+NEITHER = Method("neither", ("model=skipinit_resnet26", "calibrate=none", "model.options.skip_gain=1.0"))
 
 OPTIMIZERS = {
     "clipped": (),  # as the recipe: adaptive clipping, lower rates for gains, biases and the classifier

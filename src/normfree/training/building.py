@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.standardized_weight import StandardizedWeight as _StandardizedWeight
 from ..models import list_models
 from ..sources import load_model
-from ..surgery import calibrate
+from ..surgery import calibrate, center
 from ..weights import CheckpointError
 from ..weights.native import fill
 from ..weights.reading import read_state_dict
@@ -54,17 +54,24 @@ def has_standardized_weights(model: nn.Module) -> bool:
 def calibrated_model(
     model: nn.Module, recipe: Recipe, shape: tuple[int, int, int], images: Callable[[], Tensor]
 ) -> Any:
-    """The model as the recipe's ``calibrate`` wants it: its gains set by theory, on data, or not at all.
+    """The model as the recipe's ``calibrate`` wants it: gains by theory or on data, biases on data, or as it is.
 
     Args:
         shape: (channels, height, width) of a training example.
-        images: gives a batch of prepared images, for ``data``.
+        images: gives a batch of prepared images, for ``data`` and ``center``.
     """
     if recipe.calibrate == "none":
         return model
     if recipe.calibrate == "theory":
         return calibrate(model, input_shape=shape, method="theory")
     with torch.random.fork_rng():
+        if recipe.calibrate == "center":
+            try:
+                return center(model, images())
+            except ValueError as error:
+                raise ValueError(
+                    f"calibrate: center needs layers of normfree; calibrate=none is for others ({error})"
+                ) from error
         return calibrate(model, images(), method="data")
 
 

@@ -150,7 +150,9 @@ class Recipe(Section):
     share_standardization: bool | Literal["auto"] = Field(
         "auto", description="Standardize weights once per update; auto: where an update has several microbatches."
     )
-    calibrate: Literal["none", "theory", "data"] = Field("none", description="Of gains, before the first update.")
+    calibrate: Literal["none", "theory", "data", "center"] = Field(
+        "none", description="Before the first update: gains by theory or on data, or biases that center on data."
+    )
     device: str = Field("auto", description="auto: cuda where there is one, else cpu.")
     seed: Annotated[int, Field(ge=0)] = 0
     log: LogSection = LogSection()
@@ -165,7 +167,7 @@ class Recipe(Section):
         if (self.augmentation.mixup or self.augmentation.cutmix) and (micro or self.batch_size) < 2:
             raise ValueError("augmentation: MixUp and CutMix mix examples and need microbatches of at least 2")
         if self.calibrate != "none" and self.model.weights is not None:
-            raise ValueError("calibrate: it sets the gains of fresh weights and would undo those of model.weights")
+            raise ValueError("calibrate: it is for fresh weights and would undo what model.weights has learned")
         if self.augmentation.crop_scale[0] > self.augmentation.crop_scale[1]:
             raise ValueError("augmentation.crop_scale: expected the smaller scale first")
         if self.optimizer.nesterov and not self.optimizer.momentum:
