@@ -58,9 +58,11 @@ def ours(path: Path) -> dict[str, Tensor]:
     return evaluated_weights(load_checkpoint(path / "checkpoints" / "last.pt"))
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor], relative: float = 0.0) -> list[str]:
+def differing(
+    one: dict[str, Tensor], other: dict[str, Tensor], relative: float = 0.0, absolute: float = 1e-20
+) -> list[str]:
     assert one.keys() == other.keys()
-    return [name for name in one if not torch.allclose(one[name], other[name], rtol=relative, atol=1e-20)]
+    return [name for name in one if not torch.allclose(one[name], other[name], rtol=relative, atol=absolute)]
 
 
 @pytest.mark.parametrize("kind", ["run", "safetensors", "state_dict"])
@@ -164,7 +166,7 @@ def test_weights_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"hello")
     with pytest.raises(CheckpointError, match=r"broken\.safetensors is truncated or corrupt"):
         fill_from(fresh(), str(tmp_path / "broken.safetensors"))
-    with pytest.raises(RecipeError, match="calibrate: it sets the gains of fresh weights"):
+    with pytest.raises(RecipeError, match="calibrate: it is for fresh weights"):
         tiny("calibrate=theory", f"model.weights={finished}")
 
 
@@ -195,9 +197,9 @@ def test_models_of_others(source: str, tmp_path: Path) -> None:
         assert tuned.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["theory", "data"])
+@pytest.mark.parametrize("method", ["theory", "data", "center"])
 def test_calibrated_training(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gains of the first update are those of ``calibrate``; a run that is gone on with keeps its own."""
+    """Gains and biases of the first update are as ``calibrate`` sets them; a run that is gone on with has its own."""
     recipe = tiny(FROZEN, f"calibrate={method}", "epochs=1", "seed=3")
     state = run(recipe, tmp_path / "run")
     torch.manual_seed(3)
@@ -206,9 +208,12 @@ def test_calibrated_training(method: str, tmp_path: Path, monkeypatch: pytest.Mo
     if method == "data":
         images = first_digits()
         expected = nf.calibrate(model, images, method="data")
+    elif method == "center":
+        images = first_digits()
+        expected = nf.center(model, images)
     else:
         expected = nf.calibrate(model, input_shape=(3, 8, 8), method="theory")
-    assert differing(state["model"], expected.state_dict(), 1e-5) == []
+    assert differing(state["model"], expected.state_dict(), 1e-5, 1e-6) == []
     assert len(differing(state["model"], model.state_dict())) > 5
     via_recipe = calibrated_model(model, recipe, (3, 8, 8), lambda: images)
     assert differing(via_recipe.state_dict(), expected.state_dict()) == []

@@ -45,7 +45,9 @@ def center(model: Model, inputs: Any, *, max_batches: int | None = None) -> Mode
     """
     model = copy.deepcopy(model)
     plain = plain_module(model)
-    layers = {path: m for path, m in plain.named_modules() if isinstance(m, ScaledWeight) and m.bias is not None}
+    layers: dict[str, Any] = {
+        path: m for path, m in plain.named_modules() if isinstance(m, ScaledWeight) and m.bias is not None
+    }
     if not layers:
         raise ValueError("model: it has no layer of normfree with a bias; convert it first")
     means: dict[str, Tensor] = {}
