@@ -29,7 +29,8 @@ def center(model: Model, inputs: Any, *, max_batches: int | None = None) -> Mode
     Every layer of this library that has a bias gets one of −μ (before ``output_scale``: α and the skip gain), in the
     order of execution, with μ the channel's mean over batch and positions when the layers before it are centred
     already. Gains and weights stay. Data-dependent biases as in Salimans & Kingma 2016, without their division by
-    the deviation. On short CIFAR-10 runs it is worth half a point to a point (docs/results.md).
+    the deviation. In short CIFAR-10 runs it was worth about half a point at the rates that are best, and made higher
+    ones worse (docs/results.md).
 
     Args:
         model: any module with layers of this library; left as it is.
