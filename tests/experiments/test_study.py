@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,27 @@ def test_every_method_has_the_same_choices(pretend: Any, tmp_path: Path) -> None
             choices.setdefault(run.labels["method"], []).append((run.labels["optimizer"], run.labels["rate"]))
     assert len(choices) == 4
     assert len({tuple(choice) for choice in choices.values()}) == 1
+
+
+def test_rates_beyond_the_end_of_the_choices(pretend: Any, tmp_path: Path) -> None:
+    """They are tried where the best is at the end, one after the other, until it is not or there were three."""
+
+    def accuracy(labels: dict[str, Any]) -> float:
+        if labels["optimizer"] == "plain":
+            return 30.0
+        if labels["method"] == BN.name:
+            return 60.0 - abs(math.log2(labels["rate"] / 3.2))  # best at 3.2: one beyond, and one more to see it
+        return 60.0 - labels["rate"]  # the smaller, the better
+
+    asked = pretend(accuracy)
+    report = studied("cifar10", tmp_path)
+    beyond = defaultdict(list)
+    for run in asked:
+        if run.labels.get("stage") == "sweep" and run.labels["rate"] not in (0.4, 0.8, 1.6):
+            beyond[run.labels["method"]].append((run.labels["optimizer"], run.labels["rate"]))
+    assert beyond[BN.name] == [("clipped", 3.2), ("clipped", 6.4)]
+    assert beyond[NF.name] == [("clipped", 0.2), ("clipped", 0.1), ("clipped", 0.05)]
+    assert {name: choice["rate"] for name, choice in report.settings["tuned"].items()} == {BN.name: 3.2, NF.name: 0.05}
 
 
 def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class Tuning:
 
 
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
+_EXTENSIONS = 3  # times that a rate beyond the end of those tried is tried, too
 _HEADLINE = ("epochs=2", "optimizer.warmup_epochs=0.3")
 _SHORT = ("data.limit=12000", "epochs=4", "batch_size=128")
 _CLIPPED_AT_64 = "optimizer.adaptive_clipping_batch=64"  # λ = 0.02 √(64 / 32) in the runs over depths
@@ -212,25 +213,50 @@ class _Study:
             self.outcomes += self.runner.finished(cells)
 
     def tune(self, methods: Sequence[Method]) -> dict[str, Tuning]:
-        """For each method, of the same choices, the one with the best accuracy on held-out images in short runs."""
+        """For each method, of the same choices, the one with the best accuracy on held-out images in short runs.
+
+        Where the best is at an end of the rates that were tried, the next one is tried as well.
+        """
         rates = (0.4,) if self.settings.quick else (0.4, 0.8, 1.6)
         choices = [Tuning(optimizer, rate) for rate in rates for optimizer in OPTIMIZERS]
-        holdout = f"data.holdout={300 if self.settings.quick else 5000}"
-        cells = [
-            self.cell({"method": m.name, "stage": "sweep"}, [*m.overrides, *_SHORT, holdout], {m.name: choice})
-            for choice in choices
-            for m in methods
-        ]
-        self.run(cells)
-        swept = [outcome for outcome in self.outcomes if not outcome.diverged]
+        tried = {method.name: list(choices) for method in methods}
+        self._sweep([(method, choice) for choice in choices for method in methods])
+        for _ in range(0 if self.settings.quick else _EXTENSIONS):
+            further = [(method, choice) for method in methods for choice in self._beyond(tried[method.name], method)]
+            if not further:
+                break
+            self._sweep(further)
+            for method, choice in further:
+                tried[method.name].append(choice)
         for method in methods:
-            own = [outcome for outcome in swept if outcome.cell.labels["method"] == method.name]
-            if not own:
-                raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, choices))}")
-            best = max(own, key=lambda outcome: outcome.top1).cell.labels
-            self.tuned[method.name] = Tuning(best["optimizer"], best["rate"])
+            self.tuned[method.name] = self._best(method, tried[method.name])
             self.settings.say(f"{method.name}: {self.tuned[method.name]} for 256 examples")
         return self.tuned
+
+    def _sweep(self, asked: Sequence[tuple[Method, Tuning]]) -> None:
+        holdout = f"data.holdout={300 if self.settings.quick else 5000}"
+        self.run(
+            self.cell(
+                {"method": method.name, "stage": "sweep"}, [*method.overrides, *_SHORT, holdout], {method.name: t}
+            )
+            for method, t in asked
+        )
+
+    def _best(self, method: Method, tried: Sequence[Tuning]) -> Tuning:
+        """Of what was tried, the first of those with the best accuracy."""
+        own = [outcome for outcome in self.outcomes if outcome.cell.labels["method"] == method.name]
+        trained = [outcome for outcome in own if not outcome.diverged]
+        if not trained:
+            raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, tried))}")
+        labels = max(trained, key=lambda outcome: outcome.top1).cell.labels
+        return Tuning(labels["optimizer"], labels["rate"])
+
+    def _beyond(self, tried: Sequence[Tuning], method: Method) -> list[Tuning]:
+        """The next rate beyond those that were tried, if the best is at their end."""
+        best = self._best(method, tried)
+        rates = [choice.rate for choice in tried if choice.optimizer == best.optimizer]
+        ends = {min(rates): best.rate / 2.0, max(rates): best.rate * 2.0}
+        return [Tuning(best.optimizer, ends[best.rate])] if best.rate in ends else []
 
     @contextlib.contextmanager
     def until_time_is_over(self) -> Iterator[None]:
