@@ -503,6 +503,25 @@ def test_stochastic_depth_computes_the_kept_examples_alone():
         assert torch.equal(batches[-1], x[keep])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_stochastic_depth_keeps_the_memory_format(memory_format):
+    layer, branch, x = depth_case(0.5)
+    x = x.detach().to(memory_format=memory_format).requires_grad_()
+    seen = []
+    branch.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        output = layer(x, branch, x)
+        (gradient,) = torch.autograd.grad(output.sin().sum(), x)
+        for tensor in (seen[-1], output, gradient):
+            assert tensor.is_contiguous(memory_format=memory_format)
+        torch.manual_seed(seed)
+        keep = (torch.rand(8) >= 0.5).double().reshape(8, 1, 1, 1)
+        expected = x + keep * branch(x)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected.sin().sum(), x)[0])
+
+
 def test_stochastic_depth_drops_at_its_rate():
     layer = nf.StochasticDepth(0.3)
     x = torch.zeros(20_000, 1)
