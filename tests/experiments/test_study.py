@@ -207,18 +207,38 @@ def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drop", "batchnorm", "holds"), [(0.5, 40.0, [True, True]), (0.6, 40.0, [False, True]), (0.0, 50.5, [True, False])]
+    ("place", "drop", "batchnorm", "holds"),
+    [
+        ((128, None), 0.5, 40.0, [True, True, True, True]),
+        ((128, None), 0.6, 40.0, [False, True, True, True]),
+        ((1, 64), 0.6, 40.0, [True, True, False, True]),
+        ((64, None), 0.6, 40.0, [False, True, False, True]),  # updates of 64 at once belong to both
+        ((2, 64), 0.4, 50.0, [True, True, True, False]),
+        ((128, None), 0.0, 50.5, [True, False, True, False]),
+    ],
 )
-def test_claims_of_microbatch(drop: float, batchnorm: float, holds: list[bool], pretend: Any, tmp_path: Path) -> None:
+def test_claims_of_microbatch(
+    place: tuple[int, int | None], drop: float, batchnorm: float, holds: list[bool], pretend: Any, tmp_path: Path
+) -> None:
     def accuracy(labels: dict[str, Any]) -> float:
         if labels["method"] == BN.name:
             return batchnorm
-        return 65.0 - drop * (labels.get("batch") == 128)
+        return 65.0 - drop * ((labels.get("batch"), labels.get("update")) == place)
 
-    pretend(accuracy)
+    asked = pretend(accuracy)
     report = studied("microbatch", tmp_path)
     assert [claim.holds for claim in report.claims] == holds
-    assert report.table.splitlines()[0] == "| batch | 1 | 2 | 4 | 16 | 64 | 128 |"
+    rows = [line.split(" | ") for line in report.table.splitlines()]
+    assert rows[0] == ["| batch", "1", "2", "4", "16", "64", "128 |"]
+    assert [(row[0], row.count("–")) for row in rows[2:]] == [
+        (f"| {NF.name}", 0),
+        (f"| {BN.name}", 0),
+        (f"| {NF.name}, updates of 64", 1),
+        (f"| {BN.name}, updates of 64", 1),
+    ]
+    for run in asked:
+        if "update" in run.labels:
+            assert (run.recipe.batch_size, run.recipe.microbatch_size) == (64, run.labels["batch"])
 
 
 def test_a_run_that_diverged_counts_as_chance(pretend: Any, tmp_path: Path) -> None:
