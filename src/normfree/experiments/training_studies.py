@@ -66,7 +66,7 @@ class Tuning:
 
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
 _EXTENSIONS = 3  # times that a rate beyond the end of those tried is tried, too
-_HEADLINE = ("epochs=2", "optimizer.warmup_epochs=0.3")
+_HEADLINE = ("epochs=5", "optimizer.warmup_epochs=0.5")
 _SHORT = ("data.limit=12000", "epochs=4", "batch_size=128")
 _CLIPPED_AT_64 = "optimizer.adaptive_clipping_batch=64"  # λ = 0.02 √(64 / 32) in the runs over depths
 _QUICK = ("model.options.width=0.0625", "epochs=2", "data.limit=256", "data.size=16")  # BatchNorm needs 2×2 at the end
