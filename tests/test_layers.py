@@ -503,12 +503,25 @@ def test_stochastic_depth_computes_the_kept_examples_alone():
         assert torch.equal(batches[-1], x[keep])
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_stochastic_depth_keeps_the_memory_format(memory_format):
-    layer, branch, x = depth_case(0.5)
-    x = x.detach().to(memory_format=memory_format).requires_grad_()
+@pytest.mark.parametrize(
+    ("size", "memory_format"),
+    [
+        ((6,), torch.contiguous_format),
+        ((6, 5), torch.contiguous_format),
+        ((6, 5), torch.channels_last),
+        ((4, 3, 5), torch.contiguous_format),
+        ((4, 3, 5), torch.channels_last_3d),
+    ],
+)
+def test_stochastic_depth_keeps_the_memory_format(size, memory_format):
+    layer = nf.StochasticDepth(0.5)
+    x = torch.randn(8, 3, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     seen = []
-    branch.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+
+    def branch(part):
+        seen.append(part)
+        return part.tanh()
+
     for seed in range(4):
         torch.manual_seed(seed)
         output = layer(x, branch, x)
@@ -516,8 +529,8 @@ def test_stochastic_depth_keeps_the_memory_format(memory_format):
         for tensor in (seen[-1], output, gradient):
             assert tensor.is_contiguous(memory_format=memory_format)
         torch.manual_seed(seed)
-        keep = (torch.rand(8) >= 0.5).double().reshape(8, 1, 1, 1)
-        expected = x + keep * branch(x)
+        keep = (torch.rand(8) >= 0.5).double().reshape(8, 1, *(1 for _ in size))
+        expected = x + keep * x.tanh()
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected.sin().sum(), x)[0])
 

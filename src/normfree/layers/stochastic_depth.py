@@ -41,11 +41,10 @@ class StochasticDepth(nn.Module):
         # the branch runs also when none is kept: its parameters then have gradient 0, not none, as optimisers and
         # distributed training expect
         kept = kept.to(input.device)
-        if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
-            # of an (N, H, W, C) view: both operations answer in the contiguous format, whatever that of their input
-            rows = branch(input.permute(0, 2, 3, 1).index_select(0, kept).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return shortcut.permute(0, 2, 3, 1).index_add(0, kept, rows.to(shortcut.dtype)).permute(0, 3, 1, 2)
-        return shortcut.index_add(0, kept, branch(input.index_select(0, kept)).to(shortcut.dtype))
+        # what selects and adds answers in the contiguous format, whatever it is given: channels go last where they are
+        axis = -1 if input.movedim(1, -1).is_contiguous() else 1
+        rows = branch(input.movedim(1, axis).index_select(0, kept).movedim(axis, 1)).to(shortcut.dtype)
+        return shortcut.movedim(1, axis).index_add(0, kept, rows.movedim(1, axis)).movedim(axis, 1)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}" + ("" if self.batch_independent else ", batch_independent=False")
