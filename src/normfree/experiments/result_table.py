@@ -25,6 +25,10 @@ def markdown(results: Results, column: str) -> str:
     return "\n".join(text)
 
 
+def _spread(result: tuple[float, float, int]) -> float:
+    return 0.0 if math.isnan(result[1]) else result[1]
+
+
 def _axes(results: Results) -> tuple[list[Any], list[Any]]:
     columns = dict.fromkeys(c for _, c in results)
     ordered = sorted(columns) if all(isinstance(c, int) for c in columns) else list(columns)
@@ -36,11 +40,11 @@ def lines(axes: Any, results: Results, column: str) -> None:
     rows, columns = _axes(results)
     for row in rows:
         own = [c for c in columns if (row, c) in results]
-        spreads = [0.0 if math.isnan(results[row, c][1]) else results[row, c][1] for c in own]
+        spreads = [_spread(results[row, c]) for c in own]
         axes.errorbar(own, [results[row, c][0] for c in own], yerr=spreads, marker="o", capsize=3, label=row)
     axes.set_xscale("log", base=2)
     axes.set_xticks(columns, [str(c) for c in columns])
-    _finish(axes, "batch size" if column == "batch" else column)
+    _finish(axes, column)
 
 
 def bars(axes: Any, results: Results, column: str) -> None:
@@ -50,17 +54,17 @@ def bars(axes: Any, results: Results, column: str) -> None:
     for place_in_group, row in enumerate(rows):
         own = [(place, results[row, c]) for place, c in enumerate(columns) if (row, c) in results]
         places = [place + (place_in_group - (len(rows) - 1) / 2) * width for place, _ in own]
-        spreads = [0.0 if math.isnan(result[1]) else result[1] for _, result in own]
+        spreads = [_spread(result) for _, result in own]
         drawn = axes.bar(places, [result[0] for _, result in own], width * 0.92, yerr=spreads, capsize=3, label=row)
         axes.bar_label(drawn, [f"{result[0]:.1f}" for _, result in own], fontsize=7, padding=2)
     axes.set_xticks(range(len(columns)), [str(c) for c in columns])
     lowest = min((result[0] for result in results.values()), default=0.0)
     axes.set_ylim(bottom=max(0.0, math.floor(lowest / 10.0) * 10.0 - 10.0))
-    _finish(axes, "batch size" if column == "batch" else column)
+    _finish(axes, column)
 
 
-def _finish(axes: Any, label: str) -> None:
-    axes.set_xlabel(label)
+def _finish(axes: Any, column: str) -> None:
+    axes.set_xlabel("batch size" if column == "batch" else column)
     axes.set_ylabel("test accuracy (%)")
     axes.grid(axis="y", alpha=0.3)
     if axes.get_legend_handles_labels()[1]:

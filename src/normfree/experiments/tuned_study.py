@@ -97,17 +97,14 @@ class TunedStudy:
         """
         rates = (0.4,) if self.settings.quick else (0.4, 0.8, 1.6)
         choices = [Tuning(optimizer, rate) for rate in rates for optimizer in OPTIMIZERS]
-        tried = {method.name: list(choices) for method in methods}
         self._sweep([(method, choice) for choice in choices for method in methods])
         for _ in range(0 if self.settings.quick else _EXTENSIONS):
-            further = [(method, choice) for method in methods for choice in self._beyond(tried[method.name], method)]
+            further = [(method, choice) for method in methods if (choice := self._beyond(method)) is not None]
             if not further:
                 break
             self._sweep(further)
-            for method, choice in further:
-                tried[method.name].append(choice)
         for method in methods:
-            self.tuned[method.name] = self._best(method, tried[method.name])
+            self.tuned[method.name] = self._best(method)
             self.settings.say(f"{method.name}: {self.tuned[method.name]} for 256 examples")
         return self.tuned
 
@@ -118,21 +115,28 @@ class TunedStudy:
             for method, t in asked
         )
 
-    def _best(self, method: Method, tried: Sequence[Tuning]) -> Tuning:
+    def _tried(self, method: Method) -> dict[Tuning, Outcome]:
+        labelled = [(outcome.cell.labels, outcome) for outcome in self.outcomes]
+        return {
+            Tuning(labels["optimizer"], labels["rate"]): outcome
+            for labels, outcome in labelled
+            if labels["method"] == method.name and labels.get("stage") == "sweep"
+        }
+
+    def _best(self, method: Method) -> Tuning:
         """Of what was tried, the first of those with the best accuracy."""
-        own = [outcome for outcome in self.outcomes if outcome.cell.labels["method"] == method.name]
-        trained = [outcome for outcome in own if not outcome.diverged]
+        tried = self._tried(method)
+        trained = {choice: outcome.top1 for choice, outcome in tried.items() if not outcome.diverged}
         if not trained:
             raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, tried))}")
-        labels = max(trained, key=lambda outcome: outcome.top1).cell.labels
-        return Tuning(labels["optimizer"], labels["rate"])
+        return max(trained, key=trained.__getitem__)
 
-    def _beyond(self, tried: Sequence[Tuning], method: Method) -> list[Tuning]:
+    def _beyond(self, method: Method) -> Tuning | None:
         """The next rate beyond those that were tried, if the best is at their end."""
-        best = self._best(method, tried)
-        rates = [choice.rate for choice in tried if choice.optimizer == best.optimizer]
+        best = self._best(method)
+        rates = [choice.rate for choice in self._tried(method) if choice.optimizer == best.optimizer]
         ends = {min(rates): best.rate / 2.0, max(rates): best.rate * 2.0}
-        return [Tuning(best.optimizer, ends[best.rate])] if best.rate in ends else []
+        return Tuning(best.optimizer, ends[best.rate]) if best.rate in ends else None
 
     @contextlib.contextmanager
     def until_time_is_over(self) -> Iterator[None]:
@@ -152,9 +156,8 @@ class TunedStudy:
         return {key: (*mean_and_spread(values), len(values)) for key, values in found.items()}
 
     def report(
-        self, title: str, row: str, column: str, claims: Sequence[Claim], draw: Callable[[Any, Any, str], None]
+        self, title: str, results: Results, column: str, claims: Sequence[Claim], draw: Callable[[Any, Any, str], None]
     ) -> StudyReport:
-        results = self.results(row, column)
         settings = {
             "seed": self.settings.seed,
             "data": self.settings.data or "digits",
