@@ -200,9 +200,12 @@ def test_the_rate_is_in_proportion_to_the_batch(batch: int, rate: float) -> None
     assert math.isclose(recipe.peak_learning_rate, rate * batch / 256, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(64, 0.02), (4, 0.08), (256, 0.01)])
-def test_clipping_goes_with_the_noise_of_the_batch(batch: int, expected: float) -> None:
+@pytest.mark.parametrize(("batch", "expected"), [(64, 0.02), (4, 0.32), (256, 0.005)])
+def test_clipping_goes_against_the_rate(batch: int, expected: float) -> None:
     words = ["optimizer.adaptive_clipping=0.02", "optimizer.adaptive_clipping_batch=64", f"batch_size={batch}"]
-    assert load_recipe("digits", words).clipping == pytest.approx(expected)
+    recipe = load_recipe("digits", words)
+    assert recipe.clipping == pytest.approx(expected)
+    at_reference = load_recipe("digits", [*words, "batch_size=64"])
+    assert recipe.peak_learning_rate * expected == pytest.approx(at_reference.peak_learning_rate * 0.02)
     assert load_recipe("digits", words[::2]).clipping == 0.02
     assert load_recipe("digits", words[1:]).clipping is None

@@ -27,7 +27,6 @@ NEITHER = Method("neither", ("model=skipinit_resnet26", "calibrate=none", "model
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
 _HEADLINE = ("epochs=5", "optimizer.warmup_epochs=0.5")
 _SHORT_TITLE = "CIFAR-10, 12 000 images, 4 epochs: test accuracy"
-_CLIPPED_AT_64 = "optimizer.adaptive_clipping_batch=64"  # λ = 0.02 √(64 / 32) in the runs over depths
 
 
 def cifar10(settings: Settings) -> StudyReport:
@@ -118,7 +117,7 @@ def depth(settings: Settings) -> StudyReport:
     """Nets of 26 to 600 layers, with the method and without it or a normaliser: do they train?"""
     depths = (26, 101) if settings.quick else (26, 101, 200, 600)
     study = TunedStudy.begin("depth", settings)
-    short = ("model.options.width=0.0625", "data.limit=4000", "epochs=2", "batch_size=32", _CLIPPED_AT_64)
+    short = ("model.options.width=0.0625", "data.limit=4000", "epochs=2", "batch_size=32")
     with study.until_time_is_over():
         study.run(
             study.cell(

@@ -109,7 +109,7 @@ def introduction(recipe: Recipe, model: nn.Module, feed: Feed, plan: BatchPlan, 
     if section.adaptive_clipping_batch is not None and recipe.clipping is not None:
         lines.append(
             f"adaptive clipping {recipe.clipping:.4g} = {section.adaptive_clipping:g} × "
-            f"√({section.adaptive_clipping_batch} / {recipe.batch_size})"
+            f"{section.adaptive_clipping_batch} / {recipe.batch_size}"
         )
     return lines
 

@@ -99,7 +99,7 @@ class OptimizerSection(Section):
     final_learning_rate: NotNegative = Field(0.0, description="Where the schedule ends; scaled as the peak is.")
     adaptive_clipping: Positive | None = Field(None, description="λ of adaptive gradient clipping.")
     adaptive_clipping_batch: Count | None = Field(
-        None, description="Batch that λ is for: it grows as a mean's noise does, with 1/√batch_size; null: it is fixed."
+        None, description="Batch that λ is for: it goes with 1/batch_size, against the rate; null: it is fixed."
     )
     clip_norm: Positive | None = Field(None, description="Largest norm of the whole gradient.")
 
@@ -193,11 +193,15 @@ class Recipe(Section):
 
     @property
     def clipping(self) -> float | None:
-        """λ of adaptive gradient clipping at this batch size: gradients of small batches are larger, by their noise."""
+        """λ of adaptive gradient clipping at this batch size.
+
+        Rate × λ is the largest part of itself that a weight may move by in an update, momentum aside. The rate goes
+        with the batch size, so with λ against it that bound is the same at every batch size.
+        """
         section = self.optimizer
         if section.adaptive_clipping is None or section.adaptive_clipping_batch is None:
             return section.adaptive_clipping
-        return section.adaptive_clipping * (section.adaptive_clipping_batch / self.batch_size) ** 0.5
+        return section.adaptive_clipping * section.adaptive_clipping_batch / self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON know them."""
