@@ -1,7 +1,7 @@
 """``python -m benchmarks NAME``: a table, and files where they are named.
 
-NAME is ``train``, ``infer``, ``accumulate``, ``memory``, ``scaling`` or ``spp``; ``all`` and ``gpu`` write every
-table of a machine into a folder, and ``figure`` draws what was written.
+NAME is ``train``, ``infer``, ``accumulate``, ``memory``, ``scaling``, ``clip`` or ``spp``; ``all`` and ``gpu`` write
+every table of a machine into a folder, and ``figure`` draws what was written.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from . import memory, passes, report, scaling, spp, suite
+from . import clipping, memory, passes, report, scaling, spp, suite
 from .contenders import MODELS, Setting
 
-_BATCHES = {"train": [1, 16], "infer": [1, 8], "accumulate": [1], "memory": [16], "scaling": [4]}
+_BATCHES = {"train": [1, 16], "infer": [1, 8], "accumulate": [1], "memory": [16], "scaling": [4], "clip": [1]}
 _HELP = {
     "train": "training step, one update per batch",
     "infer": "inference, cached and folded",
     "accumulate": "eight microbatches, then an update",
     "memory": "peak of allocated bytes in a training step",
     "scaling": "a training step over depth, width, resolution and batch",
+    "clip": "adaptive gradient clipping, once",
 }
 
 
@@ -112,6 +113,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     settings = [replace(first, batch=batch) for batch in options.batch]
     if options.command == "memory":
         return memory.run(models, settings)
+    if options.command == "clip":
+        return clipping.run(models, first, options.repeats, options.rounds)
     if options.command == "scaling":
         return scaling.run(first, options.repeats, tuple(options.depths), options.budget)
     return passes.run(options.command, models, settings, options.repeats, options.rounds)

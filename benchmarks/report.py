@@ -44,7 +44,8 @@ def write_figure(result: dict[str, Any], path: Path) -> None:
     if not rows:
         rows = [{"ours_over_it": 0.0, "contender": "nothing could be compared"}]
     labels = [
-        " ".join(str(row[k]) for k in ("model", "axis", "value", "batch", "contender") if k in row) for row in rows
+        " ".join(str(row[k]) for k in ("model", "axis", "value", "batch", "clipped", "contender") if k in row)
+        for row in rows
     ]
     figure = Figure(figsize=(8, 1 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -14,6 +14,12 @@ import normfree as nf
 CLIPPING, EPS = 0.02, 1e-3
 
 
+@pytest.fixture(autouse=True, params=["singly", "together"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on other devices."""
+    monkeypatch.setattr("normfree.agc.clipper._is_clipped_singly", lambda parameter: request.param == "singly")
+
+
 class Zoo(nn.Module):
     """One of every kind of parameter; the classifier is the last linear layer."""
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import report, scaling, suite
+import normfree as nf
+from benchmarks import clipping, report, scaling, suite
 from benchmarks.__main__ import main
 from benchmarks.contenders import Setting, contenders
 from benchmarks.memory import AllocatedBytes
@@ -28,6 +29,24 @@ def test_every_benchmark_runs_and_writes(command, tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == len(rows)
     assert files["png"].stat().st_size > 1000
     assert "ours_over_it" in capsys.readouterr().out
+
+
+def test_clipping_against_timm(tmp_path):
+    torch.manual_seed(0)
+    model = nf.create_model("nf_resnet26", width=0.0625, num_classes=3)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for clips in (False, True):
+        for run in clipping.contenders(model, clips).values():
+            run()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    file = tmp_path / "clip.json"
+    main(["clip", *SMALL, "--repeats", "2", "--rounds", "1", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["clipped"], row["contender"]) for row in rows] == [
+        (clipped, name) for clipped in ("none", "all") for name in ("ours", "timm", "whole norm")
+    ]
+    assert all(row["ours_over_it"] == 1.0 for row in rows if row["contender"] == "ours")
 
 
 def test_scaling_names_what_it_leaves_out(tmp_path, capsys, monkeypatch):
