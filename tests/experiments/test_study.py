@@ -269,6 +269,9 @@ def test_what_is_written(name: str, pretend: Any, tmp_path: Path) -> None:
     assert kept["made_by"]["command"].startswith("normfree")
     assert words.decode().count("\n| ") >= 2
     assert "`normfree" in words.decode()
+    title, images = kept["title"], "12 000 images, 4 epochs" if name in ("microbatch", "table1") else ""
+    assert title.startswith("CIFAR-10, ")
+    assert title.endswith(f"{images}, label_smoothing=0.05: test accuracy" if images else "=0.05: test accuracy")
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))
@@ -295,6 +298,7 @@ def test_from_the_command_line(pretend: Any, tmp_path: Path, command: Command) -
     code, printed, errors = command(*words)
     assert (code, errors) == (0, "")
     assert "| depth | 26 | 101 |" in printed
+    assert "digits, nets of 26 to 101 layers, 256 images, 2 epochs: test accuracy" in printed
     assert "[holds] 101 layers: trains" in printed
     names = sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_file())
     assert names == ["depth.csv", "depth.json", "depth.md", "depth.png"]

@@ -26,7 +26,7 @@ NEITHER = Method("neither", ("model=skipinit_resnet26", "calibrate=none", "model
 
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
 _HEADLINE = ("epochs=5", "optimizer.warmup_epochs=0.5")
-_SHORT_TITLE = "CIFAR-10, 12 000 images, 4 epochs: test accuracy"
+_NETWORK = "ResNet-26"
 
 
 def cifar10(settings: Settings) -> StudyReport:
@@ -55,7 +55,7 @@ def cifar10(settings: Settings) -> StudyReport:
         for batch in batches
         if (ours := results.get((NF.name, batch))) and (theirs := results.get((BN.name, batch)))
     ]
-    return study.report("CIFAR-10, ResNet-26: test accuracy", results, "batch", claims, result_table.bars)
+    return study.report(_NETWORK, results, "batch", claims, result_table.bars)
 
 
 def microbatch(settings: Settings) -> StudyReport:
@@ -96,7 +96,7 @@ def microbatch(settings: Settings) -> StudyReport:
         if (at_once, update) in results:
             results[row, update] = results[at_once, update]
     claims += _flat_and_ahead(results, (*parts, update), ours, theirs, f"updates of {update}, ")
-    return study.report(_SHORT_TITLE, results, "batch", claims, result_table.lines)
+    return study.report(_NETWORK, results, "batch", claims, result_table.lines)
 
 
 def _flat_and_ahead(results: Results, batches: Sequence[int], ours: str, theirs: str, where: str) -> list[Claim]:
@@ -138,7 +138,7 @@ def depth(settings: Settings) -> StudyReport:
         for layers in depths
         if (NF_DEEP.name, layers) in results
     ]
-    return study.report("CIFAR-10, nets of 26 to 600 layers", results, "depth", claims, result_table.lines)
+    return study.report(f"nets of {depths[0]} to {depths[-1]} layers", results, "depth", claims, result_table.lines)
 
 
 def table1(settings: Settings) -> StudyReport:
@@ -157,7 +157,7 @@ def table1(settings: Settings) -> StudyReport:
             for name, extra in (("plain", ()), ("regularised", REGULARISED))
             for method in methods
         )
-    return study.report(_SHORT_TITLE, study.results("method", "setting"), "setting", [], result_table.bars)
+    return study.report(_NETWORK, study.results("method", "setting"), "setting", [], result_table.bars)
 
 
 def _claim(text: str, holds: bool, evidence: str) -> Claim:

@@ -156,8 +156,14 @@ class TunedStudy:
         return {key: (*mean_and_spread(values), len(values)) for key, values in found.items()}
 
     def report(
-        self, title: str, results: Results, column: str, claims: Sequence[Claim], draw: Callable[[Any, Any, str], None]
+        self,
+        subject: str,
+        results: Results,
+        column: str,
+        claims: Sequence[Claim],
+        draw: Callable[[Any, Any, str], None],
     ) -> StudyReport:
+        """The table and the figure of ``results``; ``subject`` is what was trained, for their title."""
         settings = {
             "seed": self.settings.seed,
             "data": self.settings.data or "digits",
@@ -167,7 +173,7 @@ class TunedStudy:
         }
         return StudyReport(
             self.name,
-            title,
+            self._title(subject),
             tuple(self.outcomes),
             markdown(results, column),
             tuple(claims),
@@ -175,6 +181,16 @@ class TunedStudy:
             settings,
             self.missing,
         )
+
+    def _title(self, subject: str) -> str:
+        """What was trained, on what, how long, and what the caller made different."""
+        parts = ["CIFAR-10" if self.settings.data else "digits", subject]
+        recipes = [outcome.cell.recipe for outcome in self.outcomes if outcome.cell.labels.get("stage") != "sweep"]
+        if recipes:
+            limit = recipes[0].data.limit
+            images = "all images" if limit is None else f"{limit:,} images".replace(",", " ")
+            parts += [images, f"{recipes[0].epochs:g} epochs"]
+        return ", ".join([*parts, *self.settings.overrides]) + ": test accuracy"
 
 
 def row_name(labels: dict[str, Any], row: str) -> Any:
