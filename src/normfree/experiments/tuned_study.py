@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,12 +146,12 @@ class TunedStudy:
             self.missing = str(error)
             self.settings.say(f"{self.name}: time is over, {error}; the same command goes on")
 
-    def results(self, row: str, column: str) -> Results:
-        """Mean accuracy, spread and number of seeds, without the sweep; chance where a run diverged."""
+    def results(self, row: str, column: str, seeds: Collection[int] | None = None) -> Results:
+        """Mean accuracy, spread and number of seeds, of all or some, without the sweep; chance where a run diverged."""
         found: dict[tuple[Any, Any], list[float]] = defaultdict(list)
         for outcome in self.outcomes:
             labels = outcome.cell.labels
-            if labels.get("stage") != "sweep":
+            if labels.get("stage") != "sweep" and (seeds is None or labels["seed"] in seeds):
                 found[row_name(labels, row), labels[column]].append(10.0 if outcome.diverged else outcome.top1)
         return {key: (*mean_and_spread(values), len(values)) for key, values in found.items()}
 
