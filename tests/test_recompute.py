@@ -75,18 +75,121 @@ def test_standardized_weights_are_not_kept():
     assert plain - lean == pytest.approx(weights, rel=0.05)
 
 
-@pytest.mark.parametrize("change", ["weight", "gain", "scale", "another weight"])
+@pytest.mark.parametrize("change", ["weight", "gain", "scale"])
 def test_a_change_before_the_backward_pass_is_an_error(change):
     model = everything()
     nf.recompute_standardization(model)
     loss = model(X).sum()
     with torch.no_grad():
-        if change == "another weight":
-            model.conv.weight = nn.Parameter(model.conv.weight * 2.0)
-        else:
-            (model.scale if change == "scale" else getattr(model.conv, change)).mul_(2.0)
+        (model.scale if change == "scale" else getattr(model.conv, change)).mul_(2.0)
     with pytest.raises(RuntimeError, match=r"changed between the forward and the backward|modified by an inplace"):
         loss.backward()
+
+
+def test_another_weight_before_the_backward_pass_does_not_matter():
+    model = everything()
+    expected = gradients(copy.deepcopy(model))["conv.weight"]
+    nf.recompute_standardization(model)
+    weight, loss = model.conv.weight, model(X).sin().sum()
+    model.conv.weight = nn.Parameter(weight * 2.0)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_functional_calls_and_parametrized_weights():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2.0 * weight
+
+    for recomputes in (False, True):
+        model = everything()
+        nf.recompute_standardization(model, recomputes)
+        values = {name: (0.5 * value.detach()).requires_grad_() for name, value in model.named_parameters()}
+        loss = torch.func.functional_call(model, values, (X,)).sin().sum()
+        functional = torch.autograd.grad(loss, list(values.values()))
+        nn.utils.parametrize.register_parametrization(model.conv, "weight", Doubled())
+        nn.utils.parametrize.register_parametrization(model.up, "gain", Doubled())
+        found = (functional, gradients(model))
+        if not recomputes:
+            expected = found
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def recomputed_layers(monkeypatch, layer, images):
+    """How often the layer standardizes in a forward and a backward pass."""
+    calls = []
+    standardized = type(layer)._standardized
+    monkeypatch.setattr(type(layer), "_standardized", lambda *args: calls.append(1) or standardized(*args))
+    layer(images.requires_grad_()).sin().sum().backward()
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "times"),
+    [
+        (lambda: nf.WSConv2d(64, 128, 3, padding=1), (2, 64, 16, 16), 1 + 1),  # 73 728 weights in 512 places
+        (lambda: nf.WSConv2d(64, 128, 3, padding=1), (64, 23, 22), 1),  # 506 places
+        (lambda: nf.WSConv2d(64, 128, 3, padding=1, stride=2), (2, 64, 16, 16), 1),  # 128
+        (lambda: nf.WSConv2d(64, 96, 3, padding=1), (2, 64, 16, 16), 1),  # 55 296 weights
+        (lambda: nf.WSConv2d(256, 512, 3, groups=2, padding="same", stride=2), (8, 256, 16, 16), 1 + 1),
+        (lambda: nf.WSConv1d(256, 256, 1), (1, 256, 512), 1 + 1),
+        (lambda: nf.WSConvTranspose2d(64, 128, 4, 2, 1), (2, 64, 16, 16), 1 + 1),
+        (lambda: nf.WSLinear(256, 256), (4, 128, 256), 1 + 1),
+        (lambda: nf.WSLinear(256, 256), (511, 256), 1),
+    ],
+)
+def test_large_weights_that_are_applied_in_many_places_recompute_by_themselves(layer, shape, times, monkeypatch):
+    layer = layer()
+    assert recomputed_layers(monkeypatch, layer, torch.randn(shape)) == times
+    monkeypatch.undo()
+    nf.recompute_standardization(layer, False)
+    assert recomputed_layers(monkeypatch, layer, torch.randn(shape)) == 1
+    monkeypatch.undo()
+    nf.recompute_standardization(layer)
+    assert recomputed_layers(monkeypatch, layer, torch.randn(shape)) == 2
+
+
+def test_not_by_themselves_where_it_would_fail_or_free_nothing(monkeypatch):
+    layer, images = nf.WSConv2d(64, 128, 3), torch.randn(2, 64, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert recomputed_layers(monkeypatch, layer, images) == 1
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        assert recomputed_layers(monkeypatch, layer, images) == 1
+    per_example = torch.func.vmap(
+        torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sin().sum()), (None, 0)
+    )
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    together = per_example(parameters, images)["weight"].sum(0)
+    layer.zero_grad()
+    layer(images).sin().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, together, rtol=1e-3, atol=1e-3)
+
+
+def test_sharded_parameters_that_are_freed_in_between(tmp_path):
+    """FSDP frees a gathered weight after the forward pass and gathers it again, in other memory, for the backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    layer, images = nf.WSConv2d(64, 128, 3, padding=1), torch.randn(2, 64, 16, 16)
+    model = nn.Sequential(layer, nn.ReLU(), nf.WSConv2d(128, 64, 3, padding=1))
+    expected = copy.deepcopy(model)
+    expected(images).sin().sum().backward()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+        model(images).sin().sum().backward()
+        for sharded, whole in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_bad_argument():
+    with pytest.raises(ValueError, match="expected True, False or"):
+        nf.recompute_standardization(nn.Linear(2, 2), "always")
 
 
 def test_beside_sharing_checkpointing_and_compilers():

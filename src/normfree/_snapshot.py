@@ -38,6 +38,13 @@ class Snapshot:
         """Whether these very tensors were taken, whatever they hold by now."""
         return len(tensors) == len(self.tensors) and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
 
+    def is_unwritten(self) -> bool:
+        """As :meth:`is_current`, but memory may have been given back and filled again meanwhile, as FSDP does."""
+        return all(
+            tensor._version == version and tensor.untyped_storage()._cdata == storage._cdata
+            for tensor, version, storage in zip(self.tensors, self.versions, self.storages, strict=True)
+        )
+
     def is_current(self) -> bool:
         """Whether the tensors still hold what they held."""
         return all(

@@ -346,9 +346,8 @@ class _OtherScale:
         self._weight = weight
         leaves = (output_scale,) if isinstance(output_scale, Tensor) else ()
         self._snapshot = Snapshot.of(*leaves)
-        scale = weight.module.weight_scale if output_scale is None else output_scale * weight.module.weight_scale
         with torch.inference_mode(False), torch.enable_grad():
-            self.tensor = weight.module._scaled_weight(scale)
+            self.tensor = weight.module._scaled_weight(weight.module._whole_scale(output_scale))
             self.leaf = self.tensor.detach().requires_grad_(self.tensor.requires_grad)
 
     def current(self) -> Tensor:

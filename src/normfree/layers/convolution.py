@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ class ScaledConvNd(ScaledWeight):
 
     padding: Any
     padding_mode: Any
+    in_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -47,7 +49,7 @@ class ScaledConvNd(ScaledWeight):
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
         weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
-        with self._applying(weight, output_scale):
+        with self._applying(input, weight, output_scale):
             return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,6 +137,9 @@ class _WSConvNd(StandardizedWeight, ScaledConvNd):
         )
         self._init_standardization(out_channels, activation, gain_source, scale, eps, learnable_gain)
         self.eps_mode = eps_mode
+
+    def _places(self, input: Tensor) -> int:
+        return input.numel() // (self.in_channels * math.prod(self.stride))
 
 
 _WSCONV_DOC = """A {dims}-D convolution with Scaled Weight Standardization (Brock et al. 2021, section 4.2).

@@ -40,7 +40,7 @@ class KeepsWhatItComputes:
     _shared: SharedTensor | None = None
     _held: torch.UntypedStorage | None = None
 
-    def _hold(self, value: Tensor) -> Tensor:
+    def _hold(self, value: Tensor) -> None:
         """Holds a tensor's memory until the next one is there, which therefore finds as much memory free.
 
         Memory that C's allocator has given back to the system costs more to get again than a standardized weight
@@ -48,7 +48,6 @@ class KeepsWhatItComputes:
         """
         if self.training and value.requires_grad and value.device.type == "cpu" and not looked_into():
             self.__dict__["_held"] = value.untyped_storage()  # a module's own way takes longer
-        return value
 
     def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()``, or what it gave before if neither the sources nor the constant have changed since."""

@@ -50,5 +50,8 @@ class WSLinear(StandardizedWeight, nn.Linear):
     def forward(self, input: Tensor, output_scale: Scale | None = None) -> Tensor:
         """(*, in_features) to (*, out_features); times ``output_scale`` if one is given."""
         weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
-        with self._applying(weight, output_scale):
+        with self._applying(input, weight, output_scale):
             return F.linear(input, weight, bias)
+
+    def _places(self, input: Tensor) -> int:
+        return input.numel() // self.in_features

@@ -28,19 +28,21 @@ class ScaledWeight:
     bias: Any
     weight_scale: float
 
-    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+    def _applying(self, input: Tensor, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def effective_weight(self, output_scale: Scale | None = None) -> Tensor:
         """The weight that the layer applies, every scalar included: the shape of ``weight``."""
-        scale = self.weight_scale if output_scale is None else output_scale * self.weight_scale
-        return self._scaled_weight(scale)
+        return self._scaled_weight(self._whole_scale(output_scale))
 
     def effective_bias(self, output_scale: Scale | None = None) -> Tensor | None:
         """The bias that the layer adds: (out,), or None."""
         if self.bias is None or output_scale is None:
             return self.bias
         return self.bias * output_scale
+
+    def _whole_scale(self, output_scale: Scale | None) -> Scale:
+        return self.weight_scale if output_scale is None else output_scale * self.weight_scale
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
         return self.weight if isinstance(scale, float) and scale == 1.0 else self.weight * scale

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,14 @@ from torch import Tensor, nn
 from ..activation import Activation
 from ..gain import GainSource, gain
 from ..standardize import EpsMode, Scale, standardize_weight
-from ..standardize.ordinary import looked_into
+from ..standardize.ordinary import ORDINARY, looked_into
 from ..standardize.together import Request, may_launch, standardize_together
 from .keeping import KeepsWhatItComputes
+from .recomputed import Recomputed
 from .scaled_weight import ScaledWeight
+
+_LARGE = 1 << 16  # elements of a weight
+_MANY_PLACES = 512
 
 
 class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
@@ -31,19 +34,42 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
     eps: float
     eps_mode: EpsMode = "floor"
     activation_name: str
-    _recomputes: Callable[..., AbstractContextManager[Any]] | None = None
+    _recomputes: bool | Literal["auto"] = "auto"
 
-    def _applying(self, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
-        """For the operation that applies the effective weight."""
-        if (
-            self._recomputes is None
-            or self._shared is not None
-            or not weight.requires_grad
-            or looked_into()
-            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # checkpointing does it already
-        ):
+    def _applying(self, input: Tensor, weight: Tensor, output_scale: Scale | None) -> AbstractContextManager[Any]:
+        """For the operation that applies the effective weight to an input."""
+        if self._shared is not None or not weight.requires_grad or looked_into():
             return nullcontext()
-        return self._recomputes(self, weight, output_scale)
+        again = self._recomputes is True or (self._recomputes == "auto" and self._costs_little_again(input, weight))
+        if not again or not self._may_recompute():
+            self._hold(weight)
+            return nullcontext()
+        self.__dict__["_held"] = None
+        raw = (self.weight, self.gain, self._whole_scale(output_scale))
+        return Recomputed(self._standardized, raw, weight, type(self).__name__)
+
+    def _may_recompute(self) -> bool:
+        """Whether weight and gain stay the same tensors, and nothing else decides on what autograd saves."""
+        saving = torch._C._autograd
+        return (
+            all(tensor is None or type(tensor) in ORDINARY for tensor in (self.weight, self.gain))
+            and "parametrizations" not in cast(nn.Module, self)._modules  # other tensors with every look
+            and saving._top_saved_tensors_default_hooks(True) is None  # as checkpointing has
+            and saving._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        )
+
+    def _costs_little_again(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether standardizing again would take a small part of the operation's time, and free much memory."""
+        return (
+            weight.numel() >= _LARGE
+            and weight.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")  # it saves its own copy of the weight, in lower precision
+            and self._places(input) >= _MANY_PLACES
+        )
+
+    def _places(self, input: Tensor) -> int:
+        """How many positions of an input, over all examples, each element of the weight is multiplied with."""
+        raise NotImplementedError
 
     def _init_standardization(
         self, out: int, activation: Activation, gain_source: GainSource, scale: float, eps: float, learnable_gain: bool
@@ -74,13 +100,16 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
         elif output_scale is not None:
             constant = float(output_scale)
         compute = super().effective_weight
-        value = self._computed(sources, constant, lambda: compute(output_scale))
-        return self._hold(value) if self._recomputes is None else value
+        return self._computed(sources, constant, lambda: compute(output_scale))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
-        if may_launch(self.weight, self.gain, scale):
-            return standardize_together([Request(self.weight, self.gain, scale, self.eps, self.eps_mode)])[0]
-        return standardize_weight(self.weight, self.gain, scale, self.eps, self.eps_mode)
+        return self._standardized(self.weight, self.gain, scale)
+
+    def _standardized(self, weight: Tensor, gain: Tensor | None, scale: Scale) -> Tensor:
+        """As this layer does it."""
+        if may_launch(weight, gain, scale):
+            return standardize_together([Request(weight, gain, scale, self.eps, self.eps_mode)])[0]
+        return standardize_weight(weight, gain, scale, self.eps, self.eps_mode)
 
     def declared_weight(self) -> tuple[float, bool]:
         """Mean over outputs of the sum of squares of a row of the effective weight, and that rows sum to zero."""

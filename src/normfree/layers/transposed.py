@@ -80,10 +80,8 @@ class WSConvTransposeNd(StandardizedWeight):
     def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
         return (value,) if isinstance(value, int) else tuple(value)
 
-    def _scaled_weight(self, scale: Scale) -> Tensor:
-        return standardize_transposed_weight(
-            self.weight, self.gain, scale, self.eps, self.groups, self.stride, self.dilation
-        )
+    def _standardized(self, weight: Tensor, gain: Tensor | None, scale: Scale) -> Tensor:
+        return standardize_transposed_weight(weight, gain, scale, self.eps, self.groups, self.stride, self.dilation)
 
     def _fan_in(self) -> int:
         taps = math.prod(self.kernel_size) / math.prod(self.stride)
@@ -98,8 +96,11 @@ class WSConvTransposeNd(StandardizedWeight):
     def forward(self, input: Tensor, output_size: list[int] | None = None, output_scale: Scale | None = None) -> Tensor:
         """(N, C_in, *size) to (N, C_out, *size'), as the torch layer; times ``output_scale`` if one is given."""
         weight, bias = self.effective_weight(output_scale), self.effective_bias(output_scale)
-        with self._applying(weight, output_scale):
+        with self._applying(input, weight, output_scale):
             return self._apply_transposed(input, weight, bias, output_size)
+
+    def _places(self, input: Tensor) -> int:
+        return input.numel() // self.in_channels
 
     def _apply_transposed(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
