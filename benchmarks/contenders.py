@@ -69,8 +69,10 @@ def contenders(name: str, setting: Setting, timm: bool = True) -> dict[str, nn.M
     return {key: setting.place(model) for key, model in found.items()}
 
 
-def recomputed(ours: nn.Module) -> nn.Module:
-    """Our network, standardizing again in the backward pass."""
-    lean = copy.deepcopy(ours)
-    nf.recompute_standardization(lean)
-    return lean
+def kept_and_recomputed(ours: nn.Module) -> dict[str, nn.Module]:
+    """Our network keeping every standardized weight for the backward pass, and standardizing every one again there."""
+    found = {}
+    for name, enable in (("kept", False), ("recomputed", True)):
+        found[name] = copy.deepcopy(ours)
+        nf.recompute_standardization(found[name], enable)
+    return found

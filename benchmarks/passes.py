@@ -12,7 +12,7 @@ from torch import nn
 
 import normfree as nf
 
-from .contenders import Setting, contenders, recomputed
+from .contenders import Setting, contenders, kept_and_recomputed
 from .peak import forward_flops, matrix_peak
 from .timing import Timing, first_runs, in_turn, machine, ratio
 
@@ -64,7 +64,7 @@ def compare(kind: str, name: str, setting: Setting, repeats: int) -> list[dict[s
         runs = {key: inference(model, setting) for key, model in models.items()}
     else:
         if kind == "train" and not setting.compile:
-            models["recomputed"] = recomputed(models["ours"])
+            models |= kept_and_recomputed(models["ours"])
         count = MICROBATCHES if kind == "accumulate" else 1
         runs = {
             key: training_step(model, setting, count, share=kind == "accumulate" and key == "ours")
