@@ -19,8 +19,8 @@ from .keeping import KeepsWhatItComputes
 from .recomputed import Recomputed
 from .scaled_weight import ScaledWeight
 
-_LARGE = 1 << 16  # elements of a weight
-_MANY_PLACES = 512
+_LARGE = 1 << 16  # elements of a weight that is worth freeing
+_MANY_PLACES = 512  # to which it is applied: standardizing again then adds a few per cent to an operation
 
 
 class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
@@ -52,8 +52,8 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
         """Whether weight and gain stay the same tensors, and nothing else decides on what autograd saves."""
         saving = torch._C._autograd
         return (
-            all(tensor is None or type(tensor) in ORDINARY for tensor in (self.weight, self.gain))
-            and "parametrizations" not in cast(nn.Module, self)._modules  # other tensors with every look
+            "parametrizations" not in cast(nn.Module, self)._modules  # their tensors are other ones with every look
+            and all(tensor is None or type(tensor) in ORDINARY for tensor in (self.weight, self.gain))
             and saving._top_saved_tensors_default_hooks(True) is None  # as checkpointing has
             and saving._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         )
