@@ -131,6 +131,13 @@ def test_parameters_alone_and_missing_gradients() -> None:
     nf.adaptive_gradient_clip_([])
 
 
+def test_a_parameter_that_is_named_twice_is_clipped_once() -> None:
+    got, expected = twins(nn.Linear(5, 4))
+    nf.adaptive_gradient_clip_([*got.parameters(), *got.parameters()], CLIPPING, EPS)
+    clip_by_loop(expected)
+    assert_same_gradients(got, expected)
+
+
 def test_channels_last_gradients_keep_their_layout() -> None:
     got, expected = twins(nn.Sequential(nn.Conv2d(4, 6, 3)))
     gradient = got[0].weight.grad.contiguous(memory_format=torch.channels_last)

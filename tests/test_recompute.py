@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def alive_after_forward(model):
     from benchmarks.memory import AllocatedBytes
 
     with AllocatedBytes() as counter:
-        for tensor in model.parameters():
+        for tensor in (*model.parameters(), X):
             counter.watch(tensor)
         before = counter.now
         output = model(X)
@@ -118,8 +120,8 @@ def test_functional_calls_and_parametrized_weights():
 def recomputed_layers(monkeypatch, layer, images):
     """How often the layer standardizes in a forward and a backward pass."""
     calls = []
-    standardized = type(layer)._standardized
-    monkeypatch.setattr(type(layer), "_standardized", lambda *args: calls.append(1) or standardized(*args))
+    standardize = layer._standardization()
+    monkeypatch.setattr(type(layer), "_standardization", lambda self: lambda *raw: calls.append(1) or standardize(*raw))
     layer(images.requires_grad_()).sin().sum().backward()
     return len(calls)
 
@@ -165,6 +167,77 @@ def test_not_by_themselves_where_it_would_fail_or_free_nothing(monkeypatch):
     torch.testing.assert_close(layer.weight.grad, together, rtol=1e-3, atol=1e-3)
 
 
+def large():
+    """A layer that recomputes by itself, and what it does so for."""
+    torch.manual_seed(0)
+    return nf.WSConv2d(64, 128, 3, padding=1), torch.randn(2, 64, 16, 16, requires_grad=True)
+
+
+def test_an_input_that_is_overwritten_is_an_error_as_elsewhere():
+    layer, images = large()
+    read = images * 1.0
+    loss = layer(read).sin().sum()
+    read.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Shifted(nf.WSConv2d):
+    def effective_weight(self, output_scale=None):
+        return super().effective_weight(output_scale) + 0.1
+
+
+class Bounded(nf.WSConv2d):
+    def _scaled_weight(self, scale):
+        return super()._scaled_weight(scale).tanh()
+
+
+class Overwriting(nf.WSConv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight.mul_(2.0), bias)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Bounded, Overwriting])
+def test_layers_that_make_another_weight(kind):
+    _, images = large()
+    layer = kind(64, 128, 3, padding=1)
+    found = torch.autograd.grad(layer(images).sin().sum(), [images, layer.weight])
+    nf.recompute_standardization(layer, False)
+    expected = torch.autograd.grad(layer(images).sin().sum(), [images, layer.weight])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_backward_pass_within_a_transform():
+    layer, images = large()
+    layer.to(memory_format=torch.channels_last)
+    output = layer(images)
+    upstream = torch.randn(2, *output.shape)
+    together = torch.vmap(lambda u: torch.autograd.grad(output, images, u, retain_graph=True)[0])(upstream)
+    singly = [torch.autograd.grad(output, images, u, retain_graph=True)[0] for u in upstream]
+    torch.testing.assert_close(together, torch.stack(singly))
+
+
+def test_no_graph_holds_the_layer():
+    layer, images = large()
+    layer.kept = []
+    layer.register_forward_hook(lambda module, args, output: module.kept.append(output))
+    layer(images)
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None
+
+
+def test_sparse_input():
+    layer = nf.WSLinear(256, 256)
+    images = torch.randn(600, 256).relu()
+    layer(images.to_sparse()).sin().sum().backward()
+    found = layer.weight.grad
+    layer.weight.grad = None
+    layer(images).sin().sum().backward()
+    torch.testing.assert_close(found, layer.weight.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_sharded_parameters_that_are_freed_in_between(tmp_path):
     """FSDP frees a gathered weight after the forward pass and gathers it again, in other memory, for the backward."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -190,6 +263,8 @@ def test_sharded_parameters_that_are_freed_in_between(tmp_path):
 def test_bad_argument():
     with pytest.raises(ValueError, match="expected True, False or"):
         nf.recompute_standardization(nn.Linear(2, 2), "always")
+    with pytest.raises(ValueError, match="got 1"):
+        nf.recompute_standardization(nn.Linear(2, 2), 1)
 
 
 def test_beside_sharing_checkpointing_and_compilers():

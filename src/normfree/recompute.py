@@ -28,7 +28,7 @@ def recompute_standardization(model: nn.Module, enable: bool | Literal["auto"] =
     Raises:
         ValueError: ``enable`` is none of these.
     """
-    if enable not in (True, False, "auto"):
+    if not (enable == "auto" or isinstance(enable, bool)):
         raise ValueError(f'enable: expected True, False or "auto", got {enable!r}')
     for module in model.modules():
         if isinstance(module, StandardizedWeight):

@@ -26,7 +26,7 @@ class Clipper:
             if not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         self.clipping, self.eps = clipping, eps
-        self._units = [unit for unit in units if unit.parameter.numel()]
+        self._units = list(units)
 
     @torch.no_grad()
     def clip(self) -> None:
@@ -35,9 +35,9 @@ class Clipper:
         vectors: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for units in self._units:
             parameter = units.parameter
-            kind = (parameter.device, parameter.dtype)
-            if parameter.grad is None:
+            if parameter.grad is None or not parameter.numel():
                 continue
+            kind = (parameter.device, parameter.dtype)
             if _is_clipped_singly(parameter):
                 singly[_norm_dtype(parameter)].append(units)
             elif parameter.ndim < 2:

@@ -72,7 +72,8 @@ def units_of(source: nn.Module | Iterable[Tensor] | Tensor, exclude: Exclude) ->
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters_or_model: expected a model or parameters, got {type(parameter).__name__}")
-    return [Units(p, groups.get(id(p), 0)) for p in parameters if id(p) not in left_out]
+    different = {id(parameter): parameter for parameter in parameters}
+    return [Units(parameter, groups.get(key, 0)) for key, parameter in different.items() if key not in left_out]
 
 
 def _excluded(items: Iterable[Tensor | nn.Module]) -> set[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +20,9 @@ from ..standardize.together import Request, may_launch, standardize_together
 from .keeping import KeepsWhatItComputes
 from .recomputed import Recomputed
 from .scaled_weight import ScaledWeight
+
+Standardization = Callable[[Tensor, Tensor | None, Scale], Tensor]
+"""Of a raw weight, a gain and a scale."""
 
 _LARGE = 1 << 16  # elements of a weight that is worth freeing
 _MANY_PLACES = 512  # to which it is applied: standardizing again then adds a few per cent to an operation
@@ -46,13 +51,16 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
             return nullcontext()
         self.__dict__["_held"] = None
         raw = (self.weight, self.gain, self._whole_scale(output_scale))
-        return Recomputed(self._standardized, raw, weight, type(self).__name__)
+        return Recomputed(self._standardization(), raw, weight, type(self).__name__)
 
     def _may_recompute(self) -> bool:
-        """Whether weight and gain stay the same tensors, and nothing else decides on what autograd saves."""
+        """Whether the weight can be made again from tensors that stay, and nothing else decides on what is saved."""
         saving = torch._C._autograd
+        own = ("effective_weight", "_scaled_weight")  # a subclass may add to the weight there, or quantize it
         return (
-            "parametrizations" not in cast(nn.Module, self)._modules  # their tensors are other ones with every look
+            all(getattr(type(self), name) is getattr(StandardizedWeight, name) for name in own)
+            and not any(name in self.__dict__ for name in own)
+            and "parametrizations" not in cast(nn.Module, self)._modules  # their tensors are other ones with every look
             and all(tensor is None or type(tensor) in ORDINARY for tensor in (self.weight, self.gain))
             and saving._top_saved_tensors_default_hooks(True) is None  # as checkpointing has
             and saving._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
@@ -103,13 +111,11 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
         return self._computed(sources, constant, lambda: compute(output_scale))
 
     def _scaled_weight(self, scale: Scale) -> Tensor:
-        return self._standardized(self.weight, self.gain, scale)
+        return self._standardization()(self.weight, self.gain, scale)
 
-    def _standardized(self, weight: Tensor, gain: Tensor | None, scale: Scale) -> Tensor:
-        """As this layer does it."""
-        if may_launch(weight, gain, scale):
-            return standardize_together([Request(weight, gain, scale, self.eps, self.eps_mode)])[0]
-        return standardize_weight(weight, gain, scale, self.eps, self.eps_mode)
+    def _standardization(self) -> Standardization:
+        """As this layer does it, without the layer."""
+        return partial(_standardized, eps=self.eps, eps_mode=self.eps_mode)
 
     def declared_weight(self) -> tuple[float, bool]:
         """Mean over outputs of the sum of squares of a row of the effective weight, and that rows sum to zero."""
@@ -133,3 +139,9 @@ class StandardizedWeight(KeepsWhatItComputes, ScaledWeight):
     def extra_repr(self) -> str:
         learnable = "" if self.gain is not None else ", learnable_gain=False"
         return f"{super().extra_repr()}, activation={self.activation_name}{learnable}"  # type: ignore[misc]
+
+
+def _standardized(weight: Tensor, gain: Tensor | None, scale: Scale, eps: float, eps_mode: EpsMode) -> Tensor:
+    if may_launch(weight, gain, scale):
+        return standardize_together([Request(weight, gain, scale, eps, eps_mode)])[0]
+    return standardize_weight(weight, gain, scale, eps, eps_mode)

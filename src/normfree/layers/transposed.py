@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..activation import Activation
 from ..gain import GainSource
 from ..standardize import DEFAULT_EPS, Scale, standardize_transposed_weight
-from .standardized_weight import StandardizedWeight
+from .standardized_weight import Standardization, StandardizedWeight
 
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -80,8 +81,14 @@ class WSConvTransposeNd(StandardizedWeight):
     def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
         return (value,) if isinstance(value, int) else tuple(value)
 
-    def _standardized(self, weight: Tensor, gain: Tensor | None, scale: Scale) -> Tensor:
-        return standardize_transposed_weight(weight, gain, scale, self.eps, self.groups, self.stride, self.dilation)
+    def _standardization(self) -> Standardization:
+        return partial(
+            standardize_transposed_weight,
+            eps=self.eps,
+            groups=self.groups,
+            stride=self.stride,
+            dilation=self.dilation,
+        )
 
     def _fan_in(self) -> int:
         taps = math.prod(self.kernel_size) / math.prod(self.stride)
