@@ -51,17 +51,18 @@ class KeepsWhatItComputes:
 
     def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()``, or what it gave before if neither the sources nor the constant have changed since."""
-        if not self._may_keep(sources):
+        if not self._may_keep():
             return compute()
         kept = self._kept
         if (
             kept is not None
             and kept.constant == constant
-            and kept.snapshot.is_of(*sources)
-            and kept.snapshot.is_current()
+            and kept.snapshot.is_current_of(sources)
             and kept.value._version == kept.version
         ):
             return kept.value
+        if not _have_versions(sources):
+            return compute()
         snapshot = Snapshot.of(*sources)  # before computing: a change by another thread meanwhile is then seen
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
@@ -69,16 +70,8 @@ class KeepsWhatItComputes:
             self._kept = _Kept(snapshot, constant, value, value._version)
         return value
 
-    def _may_keep(self, sources: tuple[Tensor, ...]) -> bool:
-        return (
-            not self.training
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and not torch._C._functorch.peek_interpreter_stack()
-            and all(type(source) in ORDINARY and not source.is_inference() for source in sources)
-            and isinstance(sources[0], nn.Parameter)
-        )
+    def _may_keep(self) -> bool:
+        return not (self.training or torch.is_grad_enabled() or looked_into())
 
     def train(self, mode: bool = True) -> Self:
         self._kept = self._held = None
@@ -96,6 +89,13 @@ class KeepsWhatItComputes:
         for key in _OF_THIS_MODULE:
             replica.__dict__.pop(key, None)
         return cast(Self, replica)
+
+
+def _have_versions(sources: tuple[Tensor, ...]) -> bool:
+    """Whether changes of a parameter and what goes with it can be seen."""
+    return isinstance(sources[0], nn.Parameter) and all(
+        type(source) in ORDINARY and not source.is_inference() for source in sources
+    )
 
 
 class SharedTensor:
