@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ._allocator import keep_freed_memory
 from ._snapshot import Snapshot
 from .layers import ScaledBranch
 from .layers.keeping import SharedTensor
@@ -139,6 +140,7 @@ class SharedStandardization:
             self._parameters = Snapshot.of(*(p for p in self._model.parameters() if not p.is_inference()))
 
     def _attach(self) -> None:
+        keep_freed_memory()
         free = [(path, m) for path, m in self._model.named_modules() if getattr(m, "_shared", None) is None]
         scales: dict[int, _SharedScale] = {}
         for path, module in free:

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .._allocator import keep_freed_memory
 from .._snapshot import Snapshot
 from ..standardize import Scale
 from ..standardize.ordinary import ORDINARY, looked_into
@@ -47,6 +48,7 @@ class KeepsWhatItComputes:
         costs to compute. Graphics cards have an allocator that gives nothing back.
         """
         if self.training and value.requires_grad and value.device.type == "cpu" and not looked_into():
+            keep_freed_memory()
             self.__dict__["_held"] = value.untyped_storage()  # a module's own way takes longer
 
     def _computed(self, sources: tuple[Tensor, ...], constant: float | None, compute: Callable[[], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._allocator import keep_freed_memory
 from ..files import write_text
 from ..signal import spp
 from ..signal.propagation import without_non_finite
@@ -131,6 +132,8 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, is_resumed: bool, process: Process):
         self.recipe, self.folder, self.process = recipe, folder, process
+        if process.device.type == "cpu":
+            keep_freed_memory()
         has_state = process.from_first(lambda: is_resumed and folder.last.is_file())
         state = load_checkpoint(folder.last, process.device) if has_state else None
         self.plan = plan_batches(recipe.batch_size, recipe.microbatch_size, process.world_size)
