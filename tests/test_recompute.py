@@ -129,15 +129,15 @@ def recomputed_layers(monkeypatch, layer, images):
 @pytest.mark.parametrize(
     ("layer", "shape", "times"),
     [
-        (lambda: nf.WSConv2d(64, 128, 3, padding=1), (2, 64, 16, 16), 1 + 1),  # 73 728 weights in 512 places
-        (lambda: nf.WSConv2d(64, 128, 3, padding=1), (64, 23, 22), 1),  # 506 places
-        (lambda: nf.WSConv2d(64, 128, 3, padding=1, stride=2), (2, 64, 16, 16), 1),  # 128
-        (lambda: nf.WSConv2d(64, 96, 3, padding=1), (2, 64, 16, 16), 1),  # 55 296 weights
+        (lambda: nf.WSConv2d(128, 256, 3, padding=1), (2, 128, 16, 16), 1 + 1),  # 294 912 weights in 512 places
+        (lambda: nf.WSConv2d(128, 256, 3, padding=1), (128, 23, 22), 1),  # 506 places
+        (lambda: nf.WSConv2d(128, 256, 3, padding=1, stride=2), (2, 128, 16, 16), 1),  # 128
+        (lambda: nf.WSConv2d(128, 224, 3, padding=1), (2, 128, 16, 16), 1),  # 258 048 weights
         (lambda: nf.WSConv2d(256, 512, 3, groups=2, padding="same", stride=2), (8, 256, 16, 16), 1 + 1),
-        (lambda: nf.WSConv1d(256, 256, 1), (1, 256, 512), 1 + 1),
-        (lambda: nf.WSConvTranspose2d(64, 128, 4, 2, 1), (2, 64, 16, 16), 1 + 1),
-        (lambda: nf.WSLinear(256, 256), (4, 128, 256), 1 + 1),
-        (lambda: nf.WSLinear(256, 256), (511, 256), 1),
+        (lambda: nf.WSConv1d(512, 512, 1), (1, 512, 512), 1 + 1),
+        (lambda: nf.WSConvTranspose2d(128, 128, 4, 2, 1), (2, 128, 16, 16), 1 + 1),
+        (lambda: nf.WSLinear(512, 512), (4, 128, 512), 1 + 1),
+        (lambda: nf.WSLinear(512, 512), (511, 512), 1),
     ],
 )
 def test_large_weights_that_are_applied_in_many_places_recompute_by_themselves(layer, shape, times, monkeypatch):
@@ -152,7 +152,7 @@ def test_large_weights_that_are_applied_in_many_places_recompute_by_themselves(l
 
 
 def test_not_by_themselves_where_it_would_fail_or_free_nothing(monkeypatch):
-    layer, images = nf.WSConv2d(64, 128, 3), torch.randn(2, 64, 32, 32)
+    layer, images = nf.WSConv2d(128, 256, 3), torch.randn(2, 128, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert recomputed_layers(monkeypatch, layer, images) == 1
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
@@ -170,7 +170,7 @@ def test_not_by_themselves_where_it_would_fail_or_free_nothing(monkeypatch):
 def large():
     """A layer that recomputes by itself, and what it does so for."""
     torch.manual_seed(0)
-    return nf.WSConv2d(64, 128, 3, padding=1), torch.randn(2, 64, 16, 16, requires_grad=True)
+    return nf.WSConv2d(128, 256, 3, padding=1), torch.randn(2, 128, 16, 16, requires_grad=True)
 
 
 def test_an_input_that_is_overwritten_is_an_error_as_elsewhere():
@@ -200,7 +200,7 @@ class Overwriting(nf.WSConv2d):
 @pytest.mark.parametrize("kind", [Shifted, Bounded, Overwriting])
 def test_layers_that_make_another_weight(kind):
     _, images = large()
-    layer = kind(64, 128, 3, padding=1)
+    layer = kind(128, 256, 3, padding=1)
     found = torch.autograd.grad(layer(images).sin().sum(), [images, layer.weight])
     nf.recompute_standardization(layer, False)
     expected = torch.autograd.grad(layer(images).sin().sum(), [images, layer.weight])
@@ -244,8 +244,8 @@ def test_sharded_parameters_that_are_freed_in_between(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    layer, images = nf.WSConv2d(64, 128, 3, padding=1), torch.randn(2, 64, 16, 16)
-    model = nn.Sequential(layer, nn.ReLU(), nf.WSConv2d(128, 64, 3, padding=1))
+    layer, images = nf.WSConv2d(128, 256, 3, padding=1), torch.randn(2, 128, 16, 16)
+    model = nn.Sequential(layer, nn.ReLU(), nf.WSConv2d(256, 128, 3, padding=1))
     expected = copy.deepcopy(model)
     expected(images).sin().sum().backward()
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)

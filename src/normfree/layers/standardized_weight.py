@@ -24,7 +24,7 @@ from .scaled_weight import ScaledWeight
 Standardization = Callable[[Tensor, Tensor | None, Scale], Tensor]
 """Of a raw weight, a gain and a scale."""
 
-_LARGE = 1 << 16  # elements of a weight that is worth freeing
+_LARGE = 1 << 18  # elements of a weight that is worth freeing: for less, looking at what is saved takes too long
 _MANY_PLACES = 512  # to which it is applied: standardizing again then adds a few per cent to an operation
 
 
