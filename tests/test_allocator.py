@@ -32,9 +32,8 @@ def new_pages(first):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has such a threshold")
-def test_memory_that_training_frees_is_kept():
-    tries = (new_pages("") for _ in range(3))  # something small may happen to lie at the end and hold it all
-    given_back = next((pages for pages in tries if pages > 100), 0)
-    assert given_back, "48 MiB are freed at a time, and none is given back"
-    assert new_pages(f"{LAYER}; layer(images)") < given_back / 10
-    assert new_pages(f"{LAYER}\nwith nf.shared_standardization(layer): layer(images)") < given_back / 10
+@pytest.mark.parametrize("first", ["layer(images)", "with nf.shared_standardization(layer): layer(images)"])
+def test_memory_that_training_frees_is_kept(first):
+    # 48 MiB are freed at a time and are 61 280 pages in all where they are given back, which they mostly are without
+    # the layer: something small may happen to lie at the end and hold them, so there are three tries
+    assert max(new_pages(f"{LAYER}\n{first}") for _ in range(3)) < 100
