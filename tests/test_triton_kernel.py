@@ -62,6 +62,20 @@ def formula(request):
     return result.to(request.weight.dtype)
 
 
+def exact_gradients(some, upstream):
+    """Of the formula in float64, for the same numbers."""
+    doubled = [
+        Request(
+            r.weight.detach().double().requires_grad_(),
+            *(t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t for t in (r.gain, r.scale)),
+            r.eps,
+            r.eps_mode,
+        )
+        for r in some
+    ]
+    return torch.autograd.grad([formula(r) for r in doubled], leaves(doubled), [u.double() for u in upstream])
+
+
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-11},
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
@@ -80,11 +94,10 @@ def test_many_weights_at_once(dtype, eps, eps_mode, channels_last):
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
     assert [f.stride() for f in found] == [r.weight.stride() for r in some]
     upstream = [torch.randn_like(result, memory_format=torch.contiguous_format) for result in found]
-    torch.testing.assert_close(
-        torch.autograd.grad(found, leaves(some), upstream),
-        torch.autograd.grad(expected, leaves(some), upstream),
-        **TOLERANCE[dtype],
-    )
+    gradients = torch.autograd.grad(found, leaves(some), upstream)
+    for gradient, exact in zip(gradients, exact_gradients(some, upstream), strict=True):
+        largest = 1e-10 if dtype == torch.float64 else 1e-4  # a row's spread is down to 1/500 of its mean
+        assert torch.linalg.vector_norm(gradient - exact) <= largest * torch.linalg.vector_norm(exact)
 
 
 @needs_kernel
