@@ -18,7 +18,7 @@ from .image_config import ImageConfig
 from .recipe import AugmentationSection
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_Y, _X, _FLIP, _SEED = range(4)  # which of an example's numbers is for what
+Y, X, FLIP, _SEED = range(4)  # which of an example's numbers is for what
 
 
 def training_transform(section: AugmentationSection, config: ImageConfig) -> TrainingTransform:
@@ -67,14 +67,14 @@ class TrainingTransform:
         return _channels_first(self._cropped_and_flipped(images, uniforms(keys, 4)))
 
     def _cropped_and_flipped(self, images: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        return _flipped(self._cropped(images, drawn), drawn[:, _FLIP] < self.section.flip)
+        return _flipped(self._cropped(images, drawn), drawn[:, FLIP] < self.section.flip)
 
     def _cropped(self, images: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """(N, size, size, C): squares of padded images at the places that are drawn."""
         if self.section.crop != "padded" or not self.section.crop_padding:
             return images
         padding, size = self.section.crop_padding, self.size
-        places = (drawn[:, [_Y, _X]] * (2 * padding + 1)).astype(int)
+        places = (drawn[:, [Y, X]] * (2 * padding + 1)).astype(int)
         padded = np.zeros((len(images), size + 2 * padding, size + 2 * padding, images.shape[3]), np.uint8)
         padded[:, padding:-padding, padding:-padding] = images
         cropped = np.empty_like(images)

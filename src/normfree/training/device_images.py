@@ -1,0 +1,83 @@
+"""All images of a run on the device that trains, and batches of them cropped, mirrored and normalised there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .augmentation import evaluation_transform
+from .data import DataError, Examples, UnreadableImage, open_data
+from .image_config import ImageConfig, resolve_images
+from .recipe import Recipe
+
+
+class DeviceImages:
+    """Images of one size in the memory of a device, which make no batch wait.
+
+    Args:
+        recipe: its ``data``, and the seed that images are held out by.
+        device: where to.
+
+    Attributes:
+        classes: names, by label.
+        channels: 1 or 3.
+        size: side of an image in pixels.
+        images, labels: for training, (N, size, size, C) uint8 and (N,).
+        validation, validation_labels: the same.
+
+    Raises:
+        DataError: data that cannot be read, is streamed, or lacks images for training or validation.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        data = open_data(recipe.data, recipe.seed)
+        config = resolve_images(recipe.data, data)
+        if config.size != config.test_size:
+            raise DataError("data.test_size: images that stay on the device have one size")
+        self.classes, self.channels, self.size = data.classes, data.channels, config.size
+        self.images, self.labels = _placed(data.train, config, device)
+        self.validation, self.validation_labels = _placed(data.validation, config, device)
+        self._mean = 255.0 * torch.tensor(config.mean, device=device)
+        self._std = 255.0 * torch.tensor(config.std, device=device)
+        self._padded: dict[int, Tensor] = {0: self.images}
+        self._pixels = torch.arange(self.size, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor, places: Tensor, mirrored: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, C, size, size) in channels_last, and (N,) labels.
+
+        Args:
+            rows: (N,), which of the training images.
+            places: (2, N), top and left of each crop of ``size`` in the image with its margin.
+            mirrored: (N,) bool.
+            padding: width of that margin, which is black.
+        """
+        top, left = places[:, :, None]
+        columns = torch.where(mirrored[:, None], self.size - 1 - self._pixels, self._pixels) + left
+        lines = self._pixels + top
+        picked = self._with_margin(padding)[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
+        return self.normalised(picked), self.labels[rows]
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) float32 from (N, H, W, C) uint8."""
+        return ((images.float() - self._mean) / self._std).permute(0, 3, 1, 2)
+
+    def _with_margin(self, padding: int) -> Tensor:
+        if padding not in self._padded:
+            margin = (0, 0, padding, padding, padding, padding)
+            self._padded[padding] = torch.nn.functional.pad(self.images, margin)
+        return self._padded[padding]
+
+
+def _placed(examples: object, config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    if not hasattr(examples, "load"):
+        raise DataError("data: images that stay on the device need a training and a validation set, not streamed")
+    found: Examples = examples  # type: ignore[assignment]
+    fit = evaluation_transform(config)
+    try:
+        images = torch.stack([fit(found.load(index)) for index in range(len(found))])
+    except UnreadableImage as error:
+        raise DataError(f"{found.name}: an image {error}") from None
+    return images.permute(0, 2, 3, 1).contiguous().to(device), torch.from_numpy(found.labels).to(device)

@@ -1,0 +1,115 @@
+"""Networks that are trained side by side, as each is by itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY, quiet, run, tiny
+
+from normfree.training import Recipe, evaluate_run
+from normfree.training.device_images import DeviceImages
+from normfree.training.side_by_side import Network, train_side_by_side
+
+CPU = torch.device("cpu")
+SLOW = ("optimizer.learning_rate=0.002", "calibrate=center", "channels_last=true")
+"""Rounding does not grow at this rate, and with biases no channel of a black margin is at the kink of its ReLU."""
+
+CASES = {
+    "plain": ("augmentation.crop=none",),
+    "crops": ("augmentation={crop: padded, crop_padding: 1}", "label_smoothing=0.1"),
+    "clipped": (
+        "augmentation={crop: padded, crop_padding: 2, flip: 1.0}",
+        "optimizer.adaptive_clipping=0.1",
+        "optimizer.vector_learning_rate=0.3",
+        "optimizer.classifier_learning_rate=0.2",
+    ),
+    "batchnorm": (
+        "model=resnetv2_26",
+        "calibrate=none",
+        "data.size=16",
+        "augmentation.crop=none",
+        "optimizer.nesterov=false",
+    ),
+    "fraction": ("augmentation.crop=none", "epochs=1.3", "optimizer.momentum=0.5", "data.holdout=20"),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_same_training_as_alone(name: str, tmp_path: Path) -> None:
+    recipe = tiny(*SLOW, *CASES[name])
+    alone = run(recipe, tmp_path / "run")
+    network = Network(recipe, DeviceImages(recipe, CPU))
+    assert network.steps == alone["update"]
+    before = copy.deepcopy(network.model.state_dict())
+    network.prepare()
+    for _ in range(network.steps):
+        network.step()
+    after = network.model.state_dict()
+    for key, value in alone["model"].items():
+        if value.is_floating_point():
+            change, difference = (value - before[key]).norm(), (after[key] - value).norm()
+            assert difference <= 2e-3 * change + 1e-6 * value.norm(), key
+            assert change > 0.0, key
+        else:
+            assert torch.equal(after[key], value)
+    (trained,) = train_side_by_side([recipe], quiet)
+    own = evaluate_run(tmp_path / "run", checkpoint="last")
+    assert (trained.top1, trained.loss) == (pytest.approx(own.top1, abs=1e-3), pytest.approx(own.loss, rel=1e-4))
+
+
+def test_several_with_different_lengths_do_not_touch_each_other() -> None:
+    settings = ("augmentation={crop: padded, crop_padding: 1}", "optimizer.adaptive_clipping=0.1")
+    recipes = [tiny(*settings), tiny(*settings, "seed=1", "epochs=1"), tiny(*settings, "batch_size=8")]
+    said: list[str] = []
+    together = train_side_by_side(recipes, said.append)
+    assert together == [train_side_by_side([recipe], quiet)[0] for recipe in recipes]
+    assert len({(result.top1, result.loss) for result in together}) == 3
+    assert said[0] == "3 networks side by side on cpu, 28 steps in all"
+
+
+def test_divergence_is_told() -> None:
+    steep = tiny("augmentation.crop=none", "optimizer.learning_rate=1e6", "optimizer.warmup_epochs=0")
+    diverged, trained = train_side_by_side([steep, tiny("augmentation.crop=none")], quiet)
+    assert diverged.diverged
+    assert not math.isfinite(diverged.loss)
+    assert not trained.diverged
+
+
+def test_randomness_outside_goes_on_as_if_nothing_was() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    train_side_by_side([tiny("augmentation.crop=none", "epochs=1")], quiet)
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["augmentation.crop=random_resized"], "augmentation.crop: networks that are trained side by side cannot"),
+        (["augmentation.mixup=0.2"], "augmentation.mixup: "),
+        (["augmentation.cutmix=0.2"], "augmentation.cutmix: "),
+        (["augmentation.randaugment_operations=2"], "augmentation.randaugment_operations: "),
+        (["microbatch_size=8"], "microbatch_size: "),
+        (["ema_decay=0.9"], "ema_decay: "),
+        (["optimizer.clip_norm=1.0"], "optimizer.clip_norm: "),
+        (["model.recompute=true"], "model.recompute: "),
+        (["data.limit=32"], "data: networks that are trained side by side need the same images"),
+        (["batch_size=65"], "batch_size: 65 is more than the 64 training images"),
+    ],
+)
+def test_what_is_refused(others: list[str], message: str) -> None:
+    recipes: list[Recipe] = [tiny("augmentation.crop=none"), tiny("augmentation.crop=none", *others)]
+    with pytest.raises(ValueError, match=message):
+        train_side_by_side(recipes, quiet)
+
+
+def test_held_out_images_need_one_seed() -> None:
+    held_out = ("augmentation.crop=none", "data.holdout=10")
+    with pytest.raises(ValueError, match="need the same images"):
+        train_side_by_side([tiny(*held_out), tiny(*held_out, "seed=1")], quiet)
+    assert any("digits" in setting for setting in TINY)
