@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 
 from normfree.experiments import Settings
 from normfree.experiments.study import Cell, Outcome, OutOfTime, Runner, mean_and_spread
-from normfree.experiments.training_studies import BN, NEITHER, NF, STUDIES
+from normfree.experiments.training_studies import BN, BN_PLAIN, NEITHER, NF, STUDIES
 from normfree.training import load_recipe, train
 
 Command = Callable[..., tuple[int, str, str]]
@@ -133,11 +133,15 @@ def studied(name: str, folder: Path, **settings: Any) -> Any:
     return STUDIES[name](Settings(data="somewhere", folder=folder, say=[].append, **settings))
 
 
+@pytest.mark.parametrize("name", ["cifar10", "full_width"])
 @pytest.mark.parametrize(("ahead", "holds"), [(1.0, True), (0.99, False), (-3.0, False)])
-def test_claims_of_cifar10(ahead: float, holds: bool, pretend: Any, tmp_path: Path) -> None:
+def test_claims_of_the_comparison_with_batchnorm(
+    ahead: float, holds: bool, name: str, pretend: Any, tmp_path: Path
+) -> None:
     asked = pretend(lambda labels: 60.0 + ahead * (labels["method"] == NF.name) + 0.1 * labels.get("seed", 0))
-    report = studied("cifar10", tmp_path)
-    assert [claim.holds for claim in report.claims] == [holds, holds]
+    report = studied(name, tmp_path)
+    assert [claim.holds for claim in report.claims] == [holds] * 4
+    assert [BN_PLAIN.name in claim.text for claim in report.claims] == [False, False, True, True]
     finals = [c for c in asked if c.labels.get("stage") != "sweep"]
     assert {c.labels["seed"] for c in finals} == {0, 1, 2}
     assert len({c.name for c in asked}) == len(asked)
@@ -159,13 +163,33 @@ def test_the_best_choice_of_each_method_is_used(pretend: Any, tmp_path: Path) ->
 
     asked = pretend(accuracy)
     report = studied("cifar10", tmp_path)
-    assert report.settings["tuned"] == chosen
+    assert report.settings["tuned"] == chosen, "and no run of BatchNorm with plain SGD, which diverged always"
     for run in asked:
         section, choice = run.recipe.optimizer, run.labels
         assert section.learning_rate == choice["rate"]
         assert (section.adaptive_clipping is None) == (choice["optimizer"] == "plain")
         if run.labels.get("stage") != "sweep":
             assert {key: choice[key] for key in ("optimizer", "rate")} == chosen[run.labels["method"]]
+
+
+def test_plain_sgd_has_its_own_best_rate(pretend: Any, tmp_path: Path) -> None:
+    best = {"plain": 0.8, "clipped": 1.6}
+
+    def accuracy(labels: dict[str, Any]) -> float:
+        optimizer, rate = labels["optimizer"], labels["rate"]
+        return 50.0 - abs(math.log2(rate / best[optimizer])) - 5.0 * (optimizer == "plain")
+
+    asked = pretend(accuracy)
+    report = studied("cifar10", tmp_path)
+    assert report.settings["tuned"][BN.name] == {"optimizer": "clipped", "rate": 1.6}
+    assert report.settings["tuned"][BN_PLAIN.name] == {"optimizer": "plain", "rate": 0.8}
+    finals = [run.recipe for run in asked if run.labels["method"] == BN_PLAIN.name]
+    assert len(finals) == 6
+    for recipe in finals:
+        section = recipe.optimizer
+        assert (section.learning_rate, section.adaptive_clipping) == (0.8, None)
+        assert (section.vector_learning_rate, section.classifier_learning_rate) == (1.0, 1.0)
+        assert recipe.model.name == "resnetv2_26"
 
 
 def test_every_method_has_the_same_choices(pretend: Any, tmp_path: Path) -> None:
@@ -197,7 +221,11 @@ def test_rates_beyond_the_end_of_the_choices(pretend: Any, tmp_path: Path) -> No
             beyond[run.labels["method"]].append((run.labels["optimizer"], run.labels["rate"]))
     assert beyond[BN.name] == [("clipped", 3.2), ("clipped", 6.4)]
     assert beyond[NF.name] == [("clipped", 0.2), ("clipped", 0.1), ("clipped", 0.05)]
-    assert {name: choice["rate"] for name, choice in report.settings["tuned"].items()} == {BN.name: 3.2, NF.name: 0.05}
+    assert {name: choice["rate"] for name, choice in report.settings["tuned"].items()} == {
+        BN.name: 3.2,
+        NF.name: 0.05,
+        BN_PLAIN.name: 0.4,
+    }
 
 
 def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:
@@ -223,7 +251,7 @@ def test_claims_of_microbatch(
     def accuracy(labels: dict[str, Any]) -> float:
         if labels["method"] == BN.name:
             return batchnorm
-        luck = 0.125 * (labels.get("seed", 1) - 1)
+        luck = 0.125 * (labels.get("seed", 1) % 3 - 1)
         return 65.0 + luck - drop * ((labels.get("batch"), labels.get("update")) == place)
 
     asked = pretend(accuracy)
@@ -237,10 +265,16 @@ def test_claims_of_microbatch(
         (f"| {NF.name}, updates of 64", ["– |"]),  # 128 are more than an update has
         (f"| {BN.name}, updates of 64", ["– |"]),
     ]
-    at_once = accuracy({"method": NF.name, "batch": 64, "seed": 0})
-    assert rows[2][5].endswith("(3)")
-    assert rows[4][5] == f"{at_once:.2f}", "64 at once are the same run"
-    assert [run.labels["seed"] for run in asked if run.labels.get("batch") == 1] == [0, 0, 0, 0]
+    assert rows[2][5].endswith("(6)")
+    assert [row[5] for row in rows[4:]] == [row[5] for row in rows[2:4]], "64 at once are the same runs"
+    finals = [run.labels for run in asked if "batch" in run.labels]
+    counts = Counter((labels["method"], labels["batch"], labels.get("update")) for labels in finals)
+    assert len({run.name for run in asked}) == len(asked)
+    assert counts.pop((NF.name, 1, None)) == counts.pop((BN.name, 1, None)) == counts.pop((BN.name, 1, 64)) == 1
+    assert counts.pop((NF.name, 64, None)) == 6, "of updates of 64, too"
+    assert {key: count for key, count in counts.items() if count != 3} == {
+        (NF.name, part, 64): 6 for part in (1, 2, 4, 16)
+    }
     for run in asked:
         if "update" in run.labels:
             assert (run.recipe.batch_size, run.recipe.microbatch_size) == (64, run.labels["batch"])

@@ -10,7 +10,7 @@ import typer
 from .console import print_json, say
 from .options import AsJson, Seed
 
-_STUDIES = ("cifar10", "microbatch", "table1", "depth")
+_STUDIES = ("cifar10", "full_width", "microbatch", "table1", "depth")
 
 
 def reproduce(

@@ -65,13 +65,13 @@ class TunedStudy:
     missing: str = ""
 
     @classmethod
-    def begin(cls, name: str, settings: Settings) -> TunedStudy:
+    def begin(cls, name: str, settings: Settings, runner: Callable[..., Runner] = Runner) -> TunedStudy:
         data = settings.data
         if data is None and not settings.quick:
             raise ValueError(f"{name}: needs --data, a folder with train.parquet and test.parquet of CIFAR-10")
         base = (*(_QUICK if settings.quick else ()), f"data={data or 'digits'}", *settings.overrides)
-        runner = Runner(settings.folder / "runs", settings.jobs, settings.minutes, settings.say)
-        return cls(name, settings, runner, base)
+        own = runner(settings.folder / "runs", settings.jobs, settings.minutes, settings.say)
+        return cls(name, settings, own, base)
 
     def seeds(self, count: int) -> list[int]:
         return [self.settings.seed + i for i in range(1 if self.settings.quick else count)]
@@ -104,9 +104,20 @@ class TunedStudy:
                 break
             self._sweep(further)
         for method in methods:
-            self.tuned[method.name] = self._best(method)
-            self.settings.say(f"{method.name}: {self.tuned[method.name]} for 256 examples")
+            self.pick(method.name, self._best(method))
         return self.tuned
+
+    def pick_with(self, optimizer: str, method: Method, name: str) -> bool:
+        """As ``name``, the best of what :meth:`tune` tried for a method with one of ``OPTIMIZERS``; if one trained."""
+        trained = {choice: top1 for choice, top1 in self._trained(method).items() if choice.optimizer == optimizer}
+        if trained:
+            self.pick(name, max(trained, key=trained.__getitem__))
+        return bool(trained)
+
+    def pick(self, name: str, tuning: Tuning) -> None:
+        """What the method of this name is trained with."""
+        self.tuned[name] = tuning
+        self.settings.say(f"{name}: {tuning} for 256 examples")
 
     def _sweep(self, asked: Sequence[tuple[Method, Tuning]]) -> None:
         holdout = f"data.holdout={300 if self.settings.quick else 5000}"
@@ -123,12 +134,15 @@ class TunedStudy:
             if labels["method"] == method.name and labels.get("stage") == "sweep"
         }
 
+    def _trained(self, method: Method) -> dict[Tuning, float]:
+        """Accuracies of what was tried and did not diverge."""
+        return {choice: outcome.top1 for choice, outcome in self._tried(method).items() if not outcome.diverged}
+
     def _best(self, method: Method) -> Tuning:
         """Of what was tried, the first of those with the best accuracy."""
-        tried = self._tried(method)
-        trained = {choice: outcome.top1 for choice, outcome in tried.items() if not outcome.diverged}
+        trained = self._trained(method)
         if not trained:
-            raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, tried))}")
+            raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, self._tried(method)))}")
         return max(trained, key=trained.__getitem__)
 
     def _beyond(self, method: Method) -> Tuning | None:
