@@ -95,9 +95,10 @@ def test_many_weights_at_once(dtype, eps, eps_mode, channels_last):
     assert [f.stride() for f in found] == [r.weight.stride() for r in some]
     upstream = [torch.randn_like(result, memory_format=torch.contiguous_format) for result in found]
     gradients = torch.autograd.grad(found, leaves(some), upstream)
+    norm, (relative, rounding) = torch.linalg.vector_norm, (1e-10, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
+    summed = norm(torch.cat([u.flatten() for u in upstream]))  # in the gradient of one scale, and may cancel out there
     for gradient, exact in zip(gradients, exact_gradients(some, upstream), strict=True):
-        largest = 1e-10 if dtype == torch.float64 else 1e-4  # a row's spread is down to 1/500 of its mean
-        assert torch.linalg.vector_norm(gradient - exact) <= largest * torch.linalg.vector_norm(exact)
+        assert norm(gradient - exact) <= relative * norm(exact) + rounding * summed
 
 
 @needs_kernel
