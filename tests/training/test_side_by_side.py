@@ -6,13 +6,17 @@ import copy
 import math
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 from tiny_runs import TINY, quiet, run, tiny
 
-from normfree.training import Recipe, evaluate_run
+from normfree.training import Recipe, evaluate_run, train_side_by_side
+from normfree.training.data import DataError
 from normfree.training.device_images import DeviceImages
-from normfree.training.side_by_side import Network, train_side_by_side
+from normfree.training.side_by_side import Network
 
 CPU = torch.device("cpu")
 SLOW = ("optimizer.learning_rate=0.002", "calibrate=center", "channels_last=true")
@@ -113,3 +117,38 @@ def test_held_out_images_need_one_seed() -> None:
     with pytest.raises(ValueError, match="need the same images"):
         train_side_by_side([tiny(*held_out), tiny(*held_out, "seed=1")], quiet)
     assert any("digits" in setting for setting in TINY)
+
+
+def folder_of_images(folder: Path) -> Path:
+    colours = iter(range(0, 240, 20))
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (next(colours), 10, 200)).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+def test_images_of_a_folder(tmp_path: Path) -> None:
+    images = DeviceImages(tiny(f"data={{path: '{folder_of_images(tmp_path)}'}}"), CPU)
+    assert images.images.shape == images.validation.shape == (4, 8, 8, 3)
+    colours, labels = images.images[:, 0, 0].tolist(), images.labels.tolist()
+    assert sorted(zip(colours, labels, strict=True)) == [([20 * n, 10, 200], n // 2) for n in range(4)]
+    rows, places = torch.tensor([2, 0]), torch.tensor([[0, 2], [1, 2]])  # tops, then lefts
+    pictures, of_batch = images.batch(rows, places, torch.tensor([False, True]), 2)
+    assert torch.equal(of_batch, images.labels[rows])
+    black = pictures == images.normalised(torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
+    assert black[0, 2].sum() == 64 - 6 * 7, "two rows and one column of the margin"
+    assert not black[1, 2].any()
+
+
+def test_images_that_cannot_be_read_or_are_streamed(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "folder")
+    table = pyarrow.table({"image": [(folder / "train/cat/0.png").read_bytes()] * 2, "label": [0, 1]})
+    for split in ("train", "validation"):
+        parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match="need a training and a validation set, not streamed"):
+        DeviceImages(tiny(f"data={{path: '{tmp_path}', streaming: true}}"), CPU)
+    (folder / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"cat.1\.png: "):
+        DeviceImages(tiny(f"data={{path: '{folder}'}}"), CPU)

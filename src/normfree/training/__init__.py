@@ -4,6 +4,7 @@ from .evaluation import ClassResult, EvaluationResult, evaluate
 from .loop import TrainingResult, train
 from .monitor import SignalMonitor, lightning_callback
 from .recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from .side_by_side import Trained, train_side_by_side
 from .stopping import TrainingInterrupted, TrainingStopped
 from .stored_runs import evaluate_run
 
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SignalMonitor",
+    "Trained",
     "TrainingInterrupted",
     "TrainingResult",
     "TrainingStopped",
@@ -22,4 +24,5 @@ __all__ = [
     "load_recipe",
     "shipped_recipes",
     "train",
+    "train_side_by_side",
 ]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .augmentation import evaluation_transform
-from .data import DataError, Examples, UnreadableImage, open_data
+from .data import DataError, UnreadableImage, open_data
+from .data.images import Source
+from .data.streaming import StreamedExamples
 from .image_config import ImageConfig, resolve_images
 from .recipe import Recipe
 
@@ -71,13 +73,15 @@ class DeviceImages:
         return self._padded[padding]
 
 
-def _placed(examples: object, config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    if not hasattr(examples, "load"):
+def _placed(examples: Source | None, config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    if examples is None or isinstance(examples, StreamedExamples):
         raise DataError("data: images that stay on the device need a training and a validation set, not streamed")
-    found: Examples = examples  # type: ignore[assignment]
     fit = evaluation_transform(config)
-    try:
-        images = torch.stack([fit(found.load(index)) for index in range(len(found))])
-    except UnreadableImage as error:
-        raise DataError(f"{found.name}: an image {error}") from None
-    return images.permute(0, 2, 3, 1).contiguous().to(device), torch.from_numpy(found.labels).to(device)
+    images = []
+    for index in range(len(examples)):
+        try:
+            images.append(fit(examples.load(index)))
+        except UnreadableImage as error:
+            raise DataError(f"{examples.describe(index)}: {error}") from None
+    pixels = torch.stack(images).permute(0, 2, 3, 1).contiguous()
+    return pixels.to(device), torch.from_numpy(examples.labels).to(device)
