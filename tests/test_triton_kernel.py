@@ -13,7 +13,7 @@ from torch import nn
 
 import normfree as nf
 from normfree.standardize.formula import composed
-from normfree.standardize.together import Request, may_launch, standardize_together
+from normfree.standardize.together import Request, formula_only, may_launch, standardize_together
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
@@ -148,6 +148,9 @@ def network():
 def test_a_network_with_and_without_the_kernel(monkeypatch):
     model, x = network()
     shared, plain = copy.deepcopy(model), copy.deepcopy(model)
+    assert may_launch(model.stem[0].weight, model.stem[0].gain, 1.0)
+    with formula_only():
+        assert not may_launch(model.stem[0].weight, model.stem[0].gain, 1.0)
     assert may_launch(model.stem[0].weight, model.stem[0].gain, 1.0)
     model(x).sin().sum().backward()
     with nf.shared_standardization(shared):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -45,6 +47,7 @@ def may_launch(weight: Tensor, gain: Tensor | None, scale: Scale) -> bool:
     return (
         _switch() != "0"
         and not looked_into()
+        and not _only_formula.get()
         and _has_triton()
         and weight.dtype in _DTYPES
         and weight.numel() > 0
@@ -52,6 +55,19 @@ def may_launch(weight: Tensor, gain: Tensor | None, scale: Scale) -> bool:
         and row_memory_is_dense(weight)
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # addresses travel from the host
     )
+
+
+_only_formula: ContextVar[bool] = ContextVar("only_formula", default=False)
+
+
+@contextmanager
+def formula_only() -> Iterator[None]:
+    """Inside, no kernel is launched, as where a CUDA graph is captured, which could not hold it."""
+    token = _only_formula.set(True)
+    try:
+        yield
+    finally:
+        _only_formula.reset(token)
 
 
 def standardize_together(requests: Sequence[Request]) -> list[Tensor]:

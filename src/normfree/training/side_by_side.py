@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..agc.clipper import Clipper
 from ..agc.units import units_of
+from ..standardize.together import formula_only
 from .augmentation import FLIP, X, Y
 from .building import build_model, calibrated_model
 from .data.keys import example_keys, permutation, uniforms
@@ -64,7 +65,7 @@ def train_side_by_side(recipes: Sequence[Recipe], say: Callable[[str], None] = p
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = DeviceImages(recipes[0], device)
     start = time.perf_counter()
-    with _fastest_kernels(), torch.random.fork_rng():
+    with _fastest_kernels(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         networks = [Network(recipe, images) for recipe in recipes]
         say(f"{len(networks)} networks side by side on {device.type}, {sum(n.steps for n in networks)} steps in all")
         torch.manual_seed(recipes[0].seed)
@@ -78,7 +79,8 @@ def train_side_by_side(recipes: Sequence[Recipe], say: Callable[[str], None] = p
                 _wait(device)
         _wait(device)
         results = [network.evaluated() for network in networks]
-    say(f"{len(networks)} networks: {time.perf_counter() - start:.0f} s")
+        del networks, network  # and with them graphs that know the random state which is put back now
+    say(f"{len(results)} networks: {time.perf_counter() - start:.0f} s")
     return results
 
 
@@ -176,11 +178,11 @@ class Network:
         """Captures the graph, on a GPU; the network is then as it was."""
         if self.device.type != "cuda":
             return
-        self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
         changing = [*self.model.state_dict().values(), *self.velocities, self.done]
         before = [tensor.clone() for tensor in changing]
-        with torch.cuda.stream(self.stream):
+        self.stream = torch.cuda.Stream(self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream), formula_only():  # what a graph cannot hold is not worth warming up
             for _ in range(_WARM_UP):
                 self._step()
                 self.done.zero_()
