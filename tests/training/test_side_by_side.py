@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from tiny_runs import TINY, quiet, run, tiny
+from tiny_runs import quiet, run, tiny
 
 from normfree.training import Recipe, evaluate_run, train_side_by_side
 from normfree.training.data import DataError
@@ -46,7 +46,7 @@ CASES = {
 def test_the_same_training_as_alone(name: str, tmp_path: Path) -> None:
     recipe = tiny(*SLOW, *CASES[name])
     alone = run(recipe, tmp_path / "run")
-    network = Network(recipe, DeviceImages(recipe, CPU))
+    network = Network(recipe, DeviceImages(recipe.data, CPU))
     assert network.steps == alone["update"]
     before = copy.deepcopy(network.model.state_dict())
     network.prepare()
@@ -102,7 +102,9 @@ def test_randomness_outside_goes_on_as_if_nothing_was() -> None:
         (["ema_decay=0.9"], "ema_decay: "),
         (["optimizer.clip_norm=1.0"], "optimizer.clip_norm: "),
         (["model.recompute=true"], "model.recompute: "),
-        (["data.limit=32"], "data: networks that are trained side by side need the same images"),
+        (["data.limit=32"], "data, device: networks that are trained side by side need the same"),
+        (["model.options.drop_rate=0.1"], "cannot have dropout or stochastic depth"),
+        (["model.options.stochastic_depth_rate=0.1"], "cannot have dropout or stochastic depth"),
         (["batch_size=65"], "batch_size: 65 is more than the 64 training images"),
     ],
 )
@@ -112,11 +114,31 @@ def test_what_is_refused(others: list[str], message: str) -> None:
         train_side_by_side(recipes, quiet)
 
 
-def test_held_out_images_need_one_seed() -> None:
-    held_out = ("augmentation.crop=none", "data.holdout=10")
-    with pytest.raises(ValueError, match="need the same images"):
-        train_side_by_side([tiny(*held_out), tiny(*held_out, "seed=1")], quiet)
-    assert any("digits" in setting for setting in TINY)
+def test_no_recipe_at_all() -> None:
+    with pytest.raises(ValueError, match="recipes: there is none"):
+        train_side_by_side([], quiet)
+
+
+def test_images_of_other_sizes_in_training_and_evaluation() -> None:
+    for other in ("data.crop_fraction=0.875", "data.test_size=10"):
+        with pytest.raises(DataError, match="the same in training and evaluation"):
+            train_side_by_side([tiny("augmentation.crop=none", other)], quiet)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_replayed_graphs_do_what_the_steps_do() -> None:
+    recipe = tiny(*SLOW, *CASES["clipped"], "device=cuda")
+    images = DeviceImages(recipe.data, torch.device("cuda"))
+    replayed, stepped = Network(recipe, images), Network(recipe, images)
+    replayed.prepare()
+    assert replayed.graph is not None
+    for _ in range(replayed.steps):
+        replayed.step()
+        stepped.step()
+    torch.cuda.synchronize()
+    for name, value in stepped.model.state_dict().items():
+        torch.testing.assert_close(replayed.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert replayed.evaluated().loss == pytest.approx(stepped.evaluated().loss, rel=1e-4)
 
 
 def folder_of_images(folder: Path) -> Path:
@@ -130,7 +152,7 @@ def folder_of_images(folder: Path) -> Path:
 
 
 def test_images_of_a_folder(tmp_path: Path) -> None:
-    images = DeviceImages(tiny(f"data={{path: '{folder_of_images(tmp_path)}'}}"), CPU)
+    images = DeviceImages(tiny(f"data={{path: '{folder_of_images(tmp_path)}'}}").data, CPU)
     assert images.images.shape == images.validation.shape == (4, 8, 8, 3)
     colours, labels = images.images[:, 0, 0].tolist(), images.labels.tolist()
     assert sorted(zip(colours, labels, strict=True)) == [([20 * n, 10, 200], n // 2) for n in range(4)]
@@ -148,7 +170,7 @@ def test_images_that_cannot_be_read_or_are_streamed(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     with pytest.raises(DataError, match="need a training and a validation set, not streamed"):
-        DeviceImages(tiny(f"data={{path: '{tmp_path}', streaming: true}}"), CPU)
+        DeviceImages(tiny(f"data={{path: '{tmp_path}', streaming: true}}").data, CPU)
     (folder / "train" / "cat" / "1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"cat.1\.png: "):
-        DeviceImages(tiny(f"data={{path: '{folder}'}}"), CPU)
+        DeviceImages(tiny(f"data={{path: '{folder}'}}").data, CPU)

@@ -11,6 +11,7 @@ import torch
 
 from ..files import write_text
 from ..provenance import provenance
+from ..training.distributed import choose_device
 from ..training.side_by_side import train_side_by_side
 from .study import Cell, OutOfTime, Runner
 
@@ -19,7 +20,8 @@ from .study import Cell, OutOfTime, Runner
 class OneDeviceRunner(Runner):
     """Trains with :func:`~normfree.training.side_by_side.train_side_by_side`; ``jobs`` does not matter.
 
-    What is finished is kept as other runs are. A group of runs that was cut off begins anew.
+    What is finished is kept as other runs are, each with the seconds of its whole group. ``minutes`` are looked at
+    between groups, and a group that was cut off begins anew.
 
     Args:
         needs_gpu: refuse to train where torch sees none, as it would take weeks.
@@ -41,10 +43,10 @@ class OneDeviceRunner(Runner):
             left -= len(group)
 
     def _train(self, cells: Sequence[Cell]) -> None:
-        made_by = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        made_by = provenance(choose_device(cells[0].recipe.device))
         start = time.perf_counter()
         results = train_side_by_side([cell.recipe for cell in cells], self.say)
-        seconds = time.perf_counter() - start  # of all together
+        seconds = time.perf_counter() - start
         for cell, result in zip(cells, results, strict=True):
             path = self.folder / cell.name
             path.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,7 @@ class OneDeviceRunner(Runner):
             write_text(path / "run.json", json.dumps({"starts": [made_by]}, indent=1) + "\n")
             if result.diverged:
                 (path / "failure").mkdir(exist_ok=True)
+                self.say(f"{cell.name}: diverged")
                 continue
             evaluation = {"top1": result.top1, "loss": result.loss}
             write_text(path / "result.json", json.dumps({"evaluation": evaluation, "seconds": seconds}) + "\n")

@@ -1,9 +1,10 @@
 """Studies that train: against BatchNorm, over batch sizes, over depths, and table 1 of Brock et al. 2021, on CIFAR-10.
 
-All of them use the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M parameters. Every
-method's optimiser and learning rate are picked, from the same choices, by the accuracy on training images that were
-held out, at the largest batch size of all: a rate that is scaled down from there stays in reach, one that is scaled up
-need not. Test images are looked at once for each run, at its end.
+All of them but ``full_width`` use the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M
+parameters. Every method's optimiser and learning rate are picked, from the same choices, by the accuracy on training
+images that were held out, at the largest batch size of all: a rate that is scaled down from there stays in reach, one
+that is scaled up need not. (``full_width`` and ``depth`` have theirs written down.) Test images are looked at once for
+each run, at its end.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def cifar10(settings: Settings) -> StudyReport:
     study = TunedStudy.begin("cifar10", settings)
     with study.until_time_is_over():
         tuned = study.tune(methods)
-        if study.pick_with("plain", BN, BN_PLAIN.name):
+        if study.settle_with("plain", BN, BN_PLAIN.name):
             methods.append(BN_PLAIN)
         study.run(
             study.cell(
@@ -73,7 +74,7 @@ def cifar10(settings: Settings) -> StudyReport:
 
 
 def full_width(settings: Settings) -> StudyReport:
-    """The same at the full width, 14 M parameters, for 8 epochs: all runs of a batch size at once on a GPU.
+    """The comparison of ``cifar10`` at the full width, 14 M parameters, 8 epochs: a batch size's runs at once on a GPU.
 
     Raises:
         ValueError: runs have to be made, torch sees no GPU, and it is not the quick version.
@@ -82,7 +83,7 @@ def full_width(settings: Settings) -> StudyReport:
     runner = partial(OneDeviceRunner, needs_gpu=not settings.quick)
     study = TunedStudy.begin("full_width", settings, runner)
     for method, (tuning, _) in FULL_WIDTH_CHOICES.items():
-        study.pick(method.name, tuning)
+        study.settle(method.name, tuning)
     with study.until_time_is_over():
         study.run(
             study.cell(
@@ -118,9 +119,9 @@ def microbatch(settings: Settings) -> StudyReport:
     """Test accuracy over batch sizes from 1 to 128, 12 000 training images, 4 epochs, learning rate in proportion.
 
     Then for updates of 64 examples each that go through the network 1 to 64 at a time: what a small device would do.
-    All have three seeds, but for a batch of 1 image: there BatchNorm has one, and so has the network without, unless
-    updates are of 64. Its updates of 64 have six, as single runs scatter by more than the claim about them allows.
-    BatchNorm has the optimiser that is best for it, which is ours, and plain SGD for comparison at 2 and 64.
+    Three seeds, but one for a batch of 1, and for BatchNorm with updates of 64 made 1 image at a time. Without it,
+    updates of 64 have six seeds, as single runs scatter by more than the claim about them allows. BatchNorm has the
+    optimiser that was picked for it and, at 2 and 64, plain SGD.
     """
     batches, methods = (1, 2, 64) if settings.quick else (1, 2, 4, 16, 64, 128), (NF, BN)
     parts, update = (2,) if settings.quick else (2, 4, 16, 1), 64
@@ -129,7 +130,7 @@ def microbatch(settings: Settings) -> StudyReport:
     few, more = others[:2], others[2:]
     with study.until_time_is_over():
         tuned = study.tune(methods)
-        plain = [BN_PLAIN] if study.pick_with("plain", BN, BN_PLAIN.name) else []
+        plain = [BN_PLAIN] if study.settle_with("plain", BN, BN_PLAIN.name) else []
         runs: list[tuple[Sequence[Method], dict[str, Any]]] = [
             *((methods, {"batch": batch, "seed": first}) for batch in (128, 2, 64, 4, 16, 1) if batch in batches),
             *((plain, {"batch": batch, "seed": seed}) for seed in (first, *few) for batch in (2, 64)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -104,18 +104,22 @@ class TunedStudy:
                 break
             self._sweep(further)
         for method in methods:
-            self.pick(method.name, self._best(method))
+            self.settle(method.name, self._best(method))
         return self.tuned
 
-    def pick_with(self, optimizer: str, method: Method, name: str) -> bool:
-        """As ``name``, the best of what :meth:`tune` tried for a method with one of ``OPTIMIZERS``; if one trained."""
+    def settle_with(self, optimizer: str, method: Method, name: str) -> bool:
+        """Settles for ``name`` on the best of what :meth:`tune` tried for a method with one of ``OPTIMIZERS``.
+
+        Returns:
+            Whether there is one, that is, whether not all of them diverged.
+        """
         trained = {choice: top1 for choice, top1 in self._trained(method).items() if choice.optimizer == optimizer}
         if trained:
-            self.pick(name, max(trained, key=trained.__getitem__))
+            self.settle(name, max(trained, key=trained.__getitem__))
         return bool(trained)
 
-    def pick(self, name: str, tuning: Tuning) -> None:
-        """What the method of this name is trained with."""
+    def settle(self, name: str, tuning: Tuning) -> None:
+        """Decides what the method of this name is trained with."""
         self.tuned[name] = tuning
         self.settings.say(f"{name}: {tuning} for 256 examples")
 
@@ -160,12 +164,12 @@ class TunedStudy:
             self.missing = str(error)
             self.settings.say(f"{self.name}: time is over, {error}; the same command goes on")
 
-    def results(self, row: str, column: str, seeds: Collection[int] | None = None) -> Results:
-        """Mean accuracy, spread and number of seeds, of all or some, without the sweep; chance where a run diverged."""
+    def results(self, row: str, column: str) -> Results:
+        """Mean accuracy, spread and number of seeds, without the sweep; chance where a run diverged."""
         found: dict[tuple[Any, Any], list[float]] = defaultdict(list)
         for outcome in self.outcomes:
             labels = outcome.cell.labels
-            if labels.get("stage") != "sweep" and (seeds is None or labels["seed"] in seeds):
+            if labels.get("stage") != "sweep":
                 found[row_name(labels, row), labels[column]].append(10.0 if outcome.diverged else outcome.top1)
         return {key: (*mean_and_spread(values), len(values)) for key, values in found.items()}
 

@@ -62,7 +62,7 @@ _only_formula: ContextVar[bool] = ContextVar("only_formula", default=False)
 
 @contextmanager
 def formula_only() -> Iterator[None]:
-    """Inside, no kernel is launched, as where a CUDA graph is captured, which could not hold it."""
+    """Inside, the formula standardizes and not the Triton kernel, as where a CUDA graph is captured."""
     token = _only_formula.set(True)
     try:
         yield

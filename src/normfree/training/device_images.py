@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augmentation import evaluation_transform
 from .data import DataError, UnreadableImage, open_data
 from .data.images import Source
 from .data.streaming import StreamedExamples
 from .image_config import ImageConfig, resolve_images
-from .recipe import Recipe
+from .recipe import DataSection
 
 
 class DeviceImages:
     """Images of one size in the memory of a device, which make no batch wait.
 
     Args:
-        recipe: its ``data``, and the seed that images are held out by.
+        section: of a recipe.
         device: where to.
 
     Attributes:
+        config: how they are prepared.
         classes: names, by label.
         channels: 1 or 3.
         size: side of an image in pixels.
@@ -28,14 +31,19 @@ class DeviceImages:
         validation, validation_labels: the same.
 
     Raises:
-        DataError: data that cannot be read, is streamed, or lacks images for training or validation.
+        DataError: data that cannot be read, is streamed, lacks images for training or validation, or has images that
+            are cut in evaluation.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        data = open_data(recipe.data, recipe.seed)
-        config = resolve_images(recipe.data, data)
-        if config.size != config.test_size:
-            raise DataError("data.test_size: images that stay on the device have one size")
+    def __init__(self, section: DataSection, device: torch.device):
+        self._section, self._data = section, open_data(section)
+        data, self.config = self._data, resolve_images(section, self._data)
+        config = self.config
+        if config.size != config.test_size or config.crop_fraction != 1.0:
+            raise DataError(
+                "data: images that stay on the device are the same in training and evaluation; "
+                "data.crop_fraction=1.0 and one data.size would do"
+            )
         self.classes, self.channels, self.size = data.classes, data.channels, config.size
         self.images, self.labels = _placed(data.train, config, device)
         self.validation, self.validation_labels = _placed(data.validation, config, device)
@@ -46,6 +54,11 @@ class DeviceImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def suit(self, model: nn.Module) -> bool:
+        """Whether the model wants them as they are prepared."""
+        wanted = replace(resolve_images(self._section, self._data, model), notes=())
+        return wanted == replace(self.config, notes=())
 
     def batch(self, rows: Tensor, places: Tensor, mirrored: Tensor, padding: int) -> tuple[Tensor, Tensor]:
         """Normalised images (N, C, size, size) in channels_last, and (N,) labels.

@@ -97,7 +97,7 @@ def this_process(device: str = "auto") -> Iterator[Process]:
         ValueError: a device that torch does not know, or a GPU where there is none.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     launch, restarts = _launch(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -135,7 +135,12 @@ def _launch() -> str:
     return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a recipe names, for the process of this number on its machine.
+
+    Raises:
+        ValueError: a device that torch does not know, or a GPU where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -5,7 +5,7 @@ the steps of several networks fill the GPU together. Without a GPU the same step
 is good for tests.
 
 The training is that of ``normfree train``, with the same weights to begin with, the same examples in each update,
-cropped and mirrored alike: runs differ by rounding, and by the numbers that dropout and stochastic depth draw.
+cropped and mirrored alike: runs differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from ..agc.clipper import Clipper
 from ..agc.units import units_of
+from ..layers.stochastic_depth import StochasticDepth
 from ..standardize.together import formula_only
 from .augmentation import FLIP, X, Y
 from .building import build_model, calibrated_model
 from .data.keys import example_keys, permutation, uniforms
 from .device_images import DeviceImages
+from .distributed import choose_device
 from .optimization import learning_rate_factor, parameter_groups
 from .recipe import Recipe
 
@@ -36,7 +38,7 @@ _CALIBRATION_IMAGES, _EVALUATED_AT_ONCE, _QUEUED = 128, 1000, 200
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of one network: accuracy in percent and loss on validation images; NaN where training diverged."""
+    """What came of one network: accuracy in percent and loss on validation images; a loss of NaN where it diverged."""
 
     top1: float
     loss: float
@@ -47,23 +49,25 @@ class Trained:
 
 
 def train_side_by_side(recipes: Sequence[Recipe], say: Callable[[str], None] = print) -> list[Trained]:
-    """Trains every recipe's network, all at the same time, on the GPU if there is one.
+    """Trains every recipe's network, all at the same time.
 
     Args:
-        recipes: with the same data. Padded crops or none, mirror images, label smoothing, adaptive clipping and
-            calibration are built; what else a recipe may ask for is refused.
+        recipes: with the same data and device. Padded crops or none, mirror images, label smoothing, adaptive
+            clipping and calibration are built; anything else that would change the training is refused. What changes
+            its speed alone (``compile``, ``channels_last``, ``share_standardization``) is passed over, and so are logs
+            and checkpoints.
         say: gets a line before and after.
 
     Returns:
         One result for each recipe, in their order.
 
     Raises:
-        ValueError: a recipe asks for what is not built here, or they differ in their data.
-        DataError: data that cannot be read.
+        ValueError: there is no recipe, one asks for what is not built here, or they differ in data or device.
+        DataError: data that cannot be read, or that :class:`DeviceImages` does not take.
     """
     _check(recipes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = DeviceImages(recipes[0], device)
+    device = choose_device(recipes[0].device)
+    images = DeviceImages(recipes[0].data, device)
     start = time.perf_counter()
     with _fastest_kernels(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         networks = [Network(recipe, images) for recipe in recipes]
@@ -85,6 +89,8 @@ def train_side_by_side(recipes: Sequence[Recipe], say: Callable[[str], None] = p
 
 
 def _check(recipes: Sequence[Recipe]) -> None:
+    if not recipes:
+        raise ValueError("recipes: there is none")
     first = recipes[0]
     for recipe in recipes:
         augmentation = recipe.augmentation
@@ -102,8 +108,17 @@ def _check(recipes: Sequence[Recipe]) -> None:
         for key, is_wanted in refused.items():
             if is_wanted:
                 raise ValueError(f"{key}: networks that are trained side by side cannot have it")
-        if recipe.data != first.data or (recipe.data.holdout and recipe.seed != first.seed):
-            raise ValueError("data: networks that are trained side by side need the same images")
+        if (recipe.data, recipe.device) != (first.data, first.device):
+            raise ValueError("data, device: networks that are trained side by side need the same")
+
+
+def _check_model(model: nn.Module, images: DeviceImages) -> None:
+    for module in model.modules():
+        dropped = module.rate if isinstance(module, StochasticDepth) else getattr(module, "p", 0.0)
+        if isinstance(module, (StochasticDepth, nn.modules.dropout._DropoutNd)) and dropped:
+            raise ValueError("model: networks that are trained side by side cannot have dropout or stochastic depth")
+    if not images.suit(model):
+        raise ValueError("model: it wants other images than the others; data.mean, data.std and data.size decide")
 
 
 @contextlib.contextmanager
@@ -138,6 +153,7 @@ class Network:
         self.device = device = images.labels.device
         torch.manual_seed(recipe.seed)
         model = build_model(recipe.model, len(images.classes), images.channels)
+        _check_model(model, images)
         shape = (images.channels, images.size, images.size)
         model = calibrated_model(
             model, recipe, shape, lambda: images.normalised(images.images[:_CALIBRATION_IMAGES]).cpu().contiguous()
