@@ -67,5 +67,7 @@ def _finish(axes: Any, column: str) -> None:
     axes.set_xlabel("batch size" if column == "batch" else column)
     axes.set_ylabel("test accuracy (%)")
     axes.grid(axis="y", alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8)
+    names = axes.get_legend_handles_labels()[1]
+    if names:  # below, where it hides nothing
+        side_by_side = len(names) if len(names) < 4 else 2
+        axes.legend(frameon=False, fontsize=8, ncols=side_by_side, loc="upper center", bbox_to_anchor=(0.5, -0.13))
