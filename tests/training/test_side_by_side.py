@@ -13,7 +13,8 @@ from PIL import Image
 from pyarrow import parquet
 from tiny_runs import quiet, run, tiny
 
-from normfree.training import Recipe, evaluate_run, train_side_by_side
+from normfree.models.data import DataConfig
+from normfree.training import Recipe, evaluate_run, image_config, train_side_by_side
 from normfree.training.data import DataError
 from normfree.training.device_images import DeviceImages
 from normfree.training.side_by_side import Network
@@ -112,6 +113,15 @@ def test_what_is_refused(others: list[str], message: str) -> None:
     recipes: list[Recipe] = [tiny("augmentation.crop=none"), tiny("augmentation.crop=none", *others)]
     with pytest.raises(ValueError, match=message):
         train_side_by_side(recipes, quiet)
+
+
+def test_a_model_that_wants_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("augmentation.crop=none")
+    images = DeviceImages(recipe.data, CPU)
+    Network(recipe, images)
+    monkeypatch.setattr(image_config, "model_data", lambda model: DataConfig(interpolation="bilinear"))
+    with pytest.raises(ValueError, match="model: it wants its images"):
+        Network(recipe, images)
 
 
 def test_no_recipe_at_all() -> None:

@@ -118,7 +118,9 @@ def _check_model(model: nn.Module, images: DeviceImages) -> None:
         if isinstance(module, (StochasticDepth, nn.modules.dropout._DropoutNd)) and dropped:
             raise ValueError("model: networks that are trained side by side cannot have dropout or stochastic depth")
     if not images.suit(model):
-        raise ValueError("model: it wants other images than the others; data.mean, data.std and data.size decide")
+        raise ValueError(
+            "model: it wants its images sized, resized or normalised otherwise than they are"
+        )
 
 
 @contextlib.contextmanager
