@@ -118,9 +118,7 @@ def _check_model(model: nn.Module, images: DeviceImages) -> None:
         if isinstance(module, (StochasticDepth, nn.modules.dropout._DropoutNd)) and dropped:
             raise ValueError("model: networks that are trained side by side cannot have dropout or stochastic depth")
     if not images.suit(model):
-        raise ValueError(
-            "model: it wants its images sized, resized or normalised otherwise than they are"
-        )
+        raise ValueError("model: it wants its images sized, resized or normalised otherwise than they are")
 
 
 @contextlib.contextmanager
