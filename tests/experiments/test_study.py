@@ -19,6 +19,7 @@ import pytest
 from normfree.experiments import Settings
 from normfree.experiments.study import Cell, Outcome, OutOfTime, Runner, mean_and_spread
 from normfree.experiments.training_studies import BN, BN_PLAIN, NEITHER, NF, STUDIES
+from normfree.experiments.tuned_study import Method
 from normfree.training import load_recipe, train
 
 Command = Callable[..., tuple[int, str, str]]
@@ -133,20 +134,25 @@ def studied(name: str, folder: Path, **settings: Any) -> Any:
     return STUDIES[name](Settings(data="somewhere", folder=folder, say=[].append, **settings))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "full_width"])
+@pytest.mark.parametrize(("name", "others"), [("cifar10", [BN]), ("full_width", [BN, BN_PLAIN])])
 @pytest.mark.parametrize(("ahead", "holds"), [(1.0, True), (0.99, False), (-3.0, False)])
 def test_claims_of_the_comparison_with_batchnorm(
-    ahead: float, holds: bool, name: str, pretend: Any, tmp_path: Path
+    ahead: float, holds: bool, name: str, others: list[Method], pretend: Any, tmp_path: Path
 ) -> None:
     asked = pretend(lambda labels: 60.0 + ahead * (labels["method"] == NF.name) + 0.1 * labels.get("seed", 0))
     report = studied(name, tmp_path)
-    assert [claim.holds for claim in report.claims] == [holds] * 4
-    assert [BN_PLAIN.name in claim.text for claim in report.claims] == [False, False, True, True]
+    assert [(claim.text, claim.holds) for claim in report.claims] == [
+        (f"batch {batch}: normaliser-free at least 1 point above {other.name}", holds)
+        for other in others
+        for batch in (64, 128)
+    ]
     finals = [c for c in asked if c.labels.get("stage") != "sweep"]
     assert {c.labels["seed"] for c in finals} == {0, 1, 2}
     assert len({c.name for c in asked}) == len(asked)
     assert all(c.recipe.data.holdout is None and c.recipe.data.limit is None for c in finals)
-    assert all(c.recipe.data.holdout for c in asked if c not in finals)  # test images are not what rates are picked by
+    sweep = [c for c in asked if c not in finals]
+    assert all(c.recipe.data.holdout for c in sweep)  # test images are not what rates are picked by
+    assert all((c.recipe.epochs, c.recipe.batch_size) == (finals[0].recipe.epochs, 128) for c in sweep)
     assert all(c.recipe.data.path == "somewhere" for c in asked)
     assert f"| {NF.name} | {60.1 + ahead:.2f} ± 0.10 (3) | {60.1 + ahead:.2f} ± 0.10 (3) |" in report.table
 
@@ -163,7 +169,7 @@ def test_the_best_choice_of_each_method_is_used(pretend: Any, tmp_path: Path) ->
 
     asked = pretend(accuracy)
     report = studied("cifar10", tmp_path)
-    assert report.settings["tuned"] == chosen, "and no run of BatchNorm with plain SGD, which diverged always"
+    assert report.settings["tuned"] == chosen
     for run in asked:
         section, choice = run.recipe.optimizer, run.labels
         assert section.learning_rate == choice["rate"]
@@ -172,20 +178,15 @@ def test_the_best_choice_of_each_method_is_used(pretend: Any, tmp_path: Path) ->
             assert {key: choice[key] for key in ("optimizer", "rate")} == chosen[run.labels["method"]]
 
 
-def test_plain_sgd_has_its_own_best_rate(pretend: Any, tmp_path: Path) -> None:
-    best = {"plain": 0.8, "clipped": 1.6}
-
-    def accuracy(labels: dict[str, Any]) -> float:
-        optimizer, rate = labels["optimizer"], labels["rate"]
-        return 50.0 - abs(math.log2(rate / best[optimizer])) - 5.0 * (optimizer == "plain")
-
-    asked = pretend(accuracy)
+def test_each_method_has_its_own_optimiser(pretend: Any, tmp_path: Path) -> None:
+    best = {NF.name: ("clipped", 1.2), BN.name: ("plain", 0.8)}
+    asked = pretend(lambda labels: 50.0 + (best[labels["method"]] == (labels["optimizer"], labels["rate"])))
     report = studied("cifar10", tmp_path)
-    assert report.settings["tuned"][BN.name] == {"optimizer": "clipped", "rate": 1.6}
-    assert report.settings["tuned"][BN_PLAIN.name] == {"optimizer": "plain", "rate": 0.8}
-    finals = [run.recipe for run in asked if run.labels["method"] == BN_PLAIN.name]
-    assert len(finals) == 6
-    for recipe in finals:
+    assert report.settings["tuned"] == {name: {"optimizer": o, "rate": rate} for name, (o, rate) in best.items()}
+    finals = [run for run in asked if "seed" in run.labels]
+    assert len(finals) == 12
+    assert {run.recipe.model.options["alpha"] for run in finals if run.labels["method"] == NF.name} == {1.0}
+    for recipe in (run.recipe for run in finals if run.labels["method"] == BN.name):
         section = recipe.optimizer
         assert (section.learning_rate, section.adaptive_clipping) == (0.8, None)
         assert (section.vector_learning_rate, section.classifier_learning_rate) == (1.0, 1.0)
@@ -210,22 +211,17 @@ def test_rates_beyond_the_end_of_the_choices(pretend: Any, tmp_path: Path) -> No
         if labels["optimizer"] == "plain":
             return 30.0
         if labels["method"] == BN.name:
-            return 60.0 - abs(math.log2(labels["rate"] / 3.2))  # best at 3.2: one beyond, and one more to see it
+            return 60.0 - abs(math.log2(labels["rate"] / 4.8))  # best at 4.8: one beyond, and one more to see it
         return 60.0 - labels["rate"]  # the smaller, the better
 
     asked = pretend(accuracy)
     report = studied("cifar10", tmp_path)
     beyond = defaultdict(list)
     for run in asked:
-        if run.labels.get("stage") == "sweep" and run.labels["rate"] not in (0.4, 0.8, 1.6):
-            beyond[run.labels["method"]].append((run.labels["optimizer"], run.labels["rate"]))
-    assert beyond[BN.name] == [("clipped", 3.2), ("clipped", 6.4)]
-    assert beyond[NF.name] == [("clipped", 0.2), ("clipped", 0.1), ("clipped", 0.05)]
-    assert {name: choice["rate"] for name, choice in report.settings["tuned"].items()} == {
-        BN.name: 3.2,
-        NF.name: 0.05,
-        BN_PLAIN.name: 0.4,
-    }
+        if (run.labels.get("stage"), run.labels["optimizer"]) == ("sweep", "clipped"):
+            beyond[run.labels["method"]].append(run.labels["rate"])
+    assert beyond == {BN.name: [0.6, 1.2, 2.4, 4.8, 9.6], NF.name: [0.6, 1.2, 2.4, 0.3, 0.15, 0.075]}
+    assert {name: choice["rate"] for name, choice in report.settings["tuned"].items()} == {BN.name: 4.8, NF.name: 0.075}
 
 
 def test_every_rate_diverges(pretend: Any, tmp_path: Path) -> None:

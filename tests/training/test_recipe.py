@@ -125,6 +125,13 @@ def test_overrides() -> None:
     assert load_recipe({"model": "nf_resnet50"}, ["model.options.width=1"]).model.name == "nf_resnet50"
 
 
+def test_an_option_that_is_null_is_the_models_own() -> None:
+    recipe = load_recipe("cifar10", ["model=resnetv2_26", "model.options.alpha=null"])
+    assert recipe.model.options == {"width": 0.25, "stem": "small"}
+    with torch.device("meta"):
+        assert build_model(recipe.model, 10, 3).info.options["width"] == 0.25
+
+
 def test_the_mapping_that_came_is_left_alone() -> None:
     values = {"optimizer": {"learning_rate": 0.5}}
     load_recipe(values, ["optimizer.learning_rate=0.1"])

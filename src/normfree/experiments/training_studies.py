@@ -1,10 +1,10 @@
 """Studies that train: against BatchNorm, over batch sizes, over depths, and table 1 of Brock et al. 2021, on CIFAR-10.
 
-All of them but ``full_width`` use the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M
-parameters. Every method's optimiser and learning rate are picked, from the same choices, by the accuracy on training
-images that were held out, at the largest batch size of all: a rate that is scaled down from there stays in reach, one
-that is scaled up need not. (``full_width`` and ``depth`` have theirs written down.) Test images are looked at once for
-each run, at its end.
+They begin with the recipe ``cifar10``: a ResNet-26 for 32 px, 0.25 of the table's width, 0.88 M parameters. Every
+method's optimiser and learning rate are picked, from the same choices, by the accuracy on training images that were
+held out, at the largest batch size of all: a rate that is scaled down from there stays in reach, one that is scaled up
+need not. (``full_width`` and ``depth`` have theirs written down.) Test images are looked at once for each run, at its
+end.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from .report import Claim
 from .result_table import Results, number
 from .settings import Settings
 from .study import StudyReport
-from .tuned_study import SHORT, Method, TunedStudy, Tuning, row_name
+from .tuned_study import FIRST_SETTINGS, SHORT, Method, TunedStudy, Tuning, row_name
 
-NF = Method("normaliser-free", ("model=nf_resnet26", "model.options.alpha=1.0"))
-NF_DEEP = Method("normaliser-free", ("model=nf_resnet26", "calibrate=none"))  # α = 0.2, as in the paper
-BN = Method("BatchNorm", ("model=resnetv2_26", "calibrate=none"))
+_AS_PUBLISHED = ("model.options.alpha=null", "calibrate=none")
+NF = Method("normaliser-free", ("model=nf_resnet26",))
+NF_DEEP = Method("normaliser-free", ("model=nf_resnet26", *_AS_PUBLISHED))  # α = 0.2
+BN = Method("BatchNorm", ("model=resnetv2_26", *_AS_PUBLISHED))
 BN_PLAIN = Method("BatchNorm, plain SGD", BN.overrides)  # as such networks are usually trained
-SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26", "calibrate=none"))
-FIXUP = Method("FixUp", ("model=fixup_resnet26", "calibrate=none", "optimizer.scalar_learning_rate=0.1"))
-NEITHER = Method("neither", ("model=skipinit_resnet26", "calibrate=none", "model.options.skip_gain=1.0"))
+SKIPINIT = Method("SkipInit", ("model=skipinit_resnet26", *_AS_PUBLISHED))
+FIXUP = Method("FixUp", ("model=fixup_resnet26", *_AS_PUBLISHED, "optimizer.scalar_learning_rate=0.1"))
+NEITHER = Method("neither", ("model=skipinit_resnet26", *_AS_PUBLISHED, "model.options.skip_gain=1.0"))
 
 REGULARISED = ("model.options.drop_rate=0.25", "model.options.stochastic_depth_rate=0.1")
-_HEADLINE = ("epochs=5", "optimizer.warmup_epochs=0.5")
+_HEADLINE_RATES = {"clipped": (0.6, 1.2, 2.4), "plain": (0.4, 0.8, 1.6)}
 _NETWORK = "ResNet-26"
 
 
-_FULL_WIDTH = ("model.options.width=1.0", "epochs=8", "augmentation={crop: padded, crop_padding: 2}")
+_FULL_WIDTH = (*FIRST_SETTINGS, "model.options.width=1.0", "epochs=8", "augmentation={crop: padded, crop_padding: 2}")
 _FULL_WIDTH_CHOICES = {
     NF: (
         Tuning("clipped", 0.4),
@@ -47,20 +48,18 @@ _FULL_WIDTH_CHOICES = {
 
 
 def cifar10(settings: Settings) -> StudyReport:
-    """Normaliser-free against BatchNorm at batch 64 and 128, all training images, three seeds, rates swept for both.
+    """Normaliser-free against BatchNorm at batch 64 and 128: the recipe, three seeds, rates swept for both.
 
-    BatchNorm has the optimiser that short runs pick for it, and plain SGD as well: the choice can differ with length.
+    The sweep's runs are as long as the others: in short ones BatchNorm wants another optimiser than in these.
     """
-    batches, methods = (64, 128), [NF, BN]
+    batches, methods = (64, 128), (NF, BN)
     study = TunedStudy.begin("cifar10", settings)
     with study.until_time_is_over():
-        tuned = study.tune(methods)
-        if study.settle_with("plain", BN, BN_PLAIN.name):
-            methods.append(BN_PLAIN)
+        tuned = study.tune(methods, [f"batch_size={max(batches)}"], _HEADLINE_RATES)
         study.run(
             study.cell(
                 {"method": method.name, "batch": batch, "seed": seed},
-                [*method.overrides, *_HEADLINE, f"batch_size={batch}"],
+                [*method.overrides, f"batch_size={batch}"],
                 tuned,
             )
             for seed in study.seeds(3)
@@ -86,7 +85,7 @@ def full_width(settings: Settings) -> StudyReport:
         study.run(
             study.cell(
                 {"method": method.name, "batch": batch, "seed": seed},
-                [*method.overrides, *_FULL_WIDTH, *_FULL_WIDTH_CHOICES[method][1], f"batch_size={batch}"],
+                [*_FULL_WIDTH, *method.overrides, *_FULL_WIDTH_CHOICES[method][1], f"batch_size={batch}"],
                 study.tuned,
             )
             for seed in study.seeds(3)
@@ -140,7 +139,7 @@ def microbatch(settings: Settings) -> StudyReport:
             *(((NF,), {"batch": update, "seed": seed}) for seed in more),
         ]
         study.run(
-            study.cell({"method": method.name, **labels}, [*method.overrides, *SHORT, *_sizes(labels)], tuned)
+            study.cell({"method": method.name, **labels}, [*SHORT, *method.overrides, *_sizes(labels)], tuned)
             for chosen, labels in runs
             for method in chosen
         )
@@ -179,12 +178,12 @@ def depth(settings: Settings) -> StudyReport:
     """Nets of 26 to 600 layers, with the method and without it or a normaliser: do they train?"""
     depths = (26, 101) if settings.quick else (26, 101, 200, 600)
     study = TunedStudy.begin("depth", settings)
-    short = ("model.options.width=0.0625", "data.limit=4000", "epochs=2", "batch_size=32")
+    short = (*FIRST_SETTINGS, "model.options.width=0.0625", "data.limit=4000", "epochs=2", "batch_size=32")
     with study.until_time_is_over():
         study.run(
             study.cell(
                 {"method": method.name, "depth": layers},
-                [*method.overrides, *short, f"model={method.overrides[0].removeprefix('model=')[:-2]}{layers}"],
+                [*short, *method.overrides, f"model={method.overrides[0].removeprefix('model=')[:-2]}{layers}"],
                 {method.name: Tuning("clipped", 0.4)},
             )
             for layers in depths
@@ -212,7 +211,7 @@ def table1(settings: Settings) -> StudyReport:
         study.run(
             study.cell(
                 {"method": method.name, "setting": name, "seed": seed},
-                [*method.overrides, *SHORT, *extra],
+                [*SHORT, *method.overrides, *extra],
                 tuned,
             )
             for seed in study.seeds(3)

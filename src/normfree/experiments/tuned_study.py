@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,16 @@ from .settings import Settings
 from .study import Cell, Outcome, OutOfTime, Runner, StudyReport, mean_and_spread
 
 _EXTENSIONS = 3  # times that a rate beyond the end of those tried is tried, too
-SHORT = ("data.limit=12000", "epochs=4", "batch_size=128")  # the runs that optimiser and rate are picked by
+FIRST_SETTINGS = (
+    "optimizer.adaptive_clipping=0.02",
+    "optimizer.scalar_learning_rate=1.0",
+    "optimizer.warmup_epochs=0.5",
+    "label_smoothing=0.0",
+)
+"""What the recipe had before a search over five and ten epochs; studies of other lengths were made with it."""
+SHORT = ("data.limit=12000", "epochs=4", "batch_size=128", *FIRST_SETTINGS)
+"""Runs of two minutes."""
+SHORT_RATES = {"clipped": (0.4, 0.8, 1.6), "plain": (0.4, 0.8, 1.6)}
 _QUICK = ("model.options.width=0.0625", "epochs=2", "data.limit=256", "data.size=16")  # BatchNorm needs 2×2 at the end
 
 
@@ -90,43 +99,46 @@ class TunedStudy:
         finally:
             self.outcomes += self.runner.finished(cells)
 
-    def tune(self, methods: Sequence[Method]) -> dict[str, Tuning]:
-        """For each method, of the same choices, the one with the best accuracy on held-out images in short runs.
+    def tune(
+        self,
+        methods: Sequence[Method],
+        overrides: Sequence[str] = SHORT,
+        rates: Mapping[str, Sequence[float]] = SHORT_RATES,
+    ) -> dict[str, Tuning]:
+        """For each method, of the same choices, the one with the best accuracy on held-out images.
 
         Where the best is at an end of the rates that were tried, the next one is tried as well.
+
+        Args:
+            overrides: of the runs that the choice is made by.
+            rates: to be tried, for each of ``OPTIMIZERS``.
         """
-        rates = (0.4,) if self.settings.quick else (0.4, 0.8, 1.6)
-        choices = [Tuning(optimizer, rate) for rate in rates for optimizer in OPTIMIZERS]
-        self._sweep([(method, choice) for choice in choices for method in methods])
+        choices = [
+            Tuning(optimizer, rate)
+            for optimizer, tried in rates.items()
+            for rate in (tried[:1] if self.settings.quick else tried)
+        ]
+        self._sweep([(method, choice) for choice in choices for method in methods], overrides)
         for _ in range(0 if self.settings.quick else _EXTENSIONS):
             further = [(method, choice) for method in methods if (choice := self._beyond(method)) is not None]
             if not further:
                 break
-            self._sweep(further)
+            self._sweep(further, overrides)
         for method in methods:
             self.settle(method.name, self._best(method))
         return self.tuned
-
-    def settle_with(self, optimizer: str, method: Method, name: str) -> bool:
-        """Settles for ``name`` on the best of what :meth:`tune` tried for a method with one of ``OPTIMIZERS``.
-
-        Returns:
-            Whether there is one, that is, whether not all of them diverged.
-        """
-        trained = {choice: top1 for choice, top1 in self._trained(method).items() if choice.optimizer == optimizer}
-        if trained:
-            self.settle(name, max(trained, key=trained.__getitem__))
-        return bool(trained)
 
     def settle(self, name: str, tuning: Tuning) -> None:
         """Decides what the method of this name is trained with."""
         self.tuned[name] = tuning
         self.settings.say(f"{name}: {tuning} for 256 examples")
 
-    def _sweep(self, asked: Sequence[tuple[Method, Tuning]]) -> None:
+    def _sweep(self, asked: Sequence[tuple[Method, Tuning]], overrides: Sequence[str]) -> None:
         holdout = f"data.holdout={300 if self.settings.quick else 5000}"
         self.run(
-            self.cell({"method": method.name, "stage": "sweep"}, [*method.overrides, *SHORT, holdout], {method.name: t})
+            self.cell(
+                {"method": method.name, "stage": "sweep"}, [*overrides, *method.overrides, holdout], {method.name: t}
+            )
             for method, t in asked
         )
 
@@ -138,15 +150,12 @@ class TunedStudy:
             if labels["method"] == method.name and labels.get("stage") == "sweep"
         }
 
-    def _trained(self, method: Method) -> dict[Tuning, float]:
-        """Accuracies of what was tried and did not diverge."""
-        return {choice: outcome.top1 for choice, outcome in self._tried(method).items() if not outcome.diverged}
-
     def _best(self, method: Method) -> Tuning:
         """Of what was tried, the first of those with the best accuracy."""
-        trained = self._trained(method)
+        tried = self._tried(method)
+        trained = {choice: outcome.top1 for choice, outcome in tried.items() if not outcome.diverged}
         if not trained:
-            raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, self._tried(method)))}")
+            raise ValueError(f"{method.name} diverged with every choice: {', '.join(map(str, tried))}")
         return max(trained, key=trained.__getitem__)
 
     def _beyond(self, method: Method) -> Tuning | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -34,11 +34,18 @@ def _named(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: str(value)} if isinstance(value, (str, Path)) else value)
 
 
+def _without_nulls(options: dict[str, Any]) -> dict[str, Any]:
+    """So that ``model.options.alpha=null`` takes away what a recipe has and another model does not know."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class ModelSection(Section):
     """The network: a name as on the command line, its options, and weights to start from."""
 
     name: str = "nf_resnet26"
-    options: dict[str, Any] = Field(default_factory=dict, description="Of the model, such as width: 0.25.")
+    options: Annotated[dict[str, Any], AfterValidator(_without_nulls)] = Field(
+        default_factory=dict, description="Of the model, such as width: 0.25; null takes one away."
+    )
     weights: str | None = Field(None, description="To start from (fine-tuning): folder of a run, or a file of tensors.")
     recompute: bool = Field(False, description="Compute every block again in the backward pass: less memory.")
 
