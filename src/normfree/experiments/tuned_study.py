@@ -21,7 +21,7 @@ FIRST_SETTINGS = (
     "optimizer.warmup_epochs=0.5",
     "label_smoothing=0.0",
 )
-"""What the recipe had before a search over five and ten epochs; studies of other lengths were made with it."""
+"""The recipe's before a search over five and ten epochs. Short runs have too few updates for those that it has now."""
 SHORT = ("data.limit=12000", "epochs=4", "batch_size=128", *FIRST_SETTINGS)
 """Runs of two minutes."""
 SHORT_RATES = {"clipped": (0.4, 0.8, 1.6), "plain": (0.4, 0.8, 1.6)}
